@@ -1,0 +1,1 @@
+"""The control plane: messages over NATS. The only importer of `nats`."""

@@ -1,0 +1,1 @@
+"""The handshake: peers exchange authenticated agent metadata over the bus."""

@@ -1,0 +1,1 @@
+"""Paired operations: where the two planes meet."""

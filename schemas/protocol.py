@@ -1,0 +1,38 @@
+"""The protocol's version and the NATS headers that carry what is not in a message's body.
+
+When to raise `PROTOCOL_VERSION`: a field that a peer of the version before would need and can't miss, a changed
+meaning, a removed message. Not for a new optional field (unknown fields are ignored) or a new message type.
+
+History: 1 (0.1.0), the first.
+"""
+
+from collections.abc import Mapping
+
+PROTOCOL_VERSION = 1
+
+PROTOCOL_HEADER = "Nixlbus-Protocol"
+TTL_HEADER = "Nixlbus-Ttl-Ms"
+"""Milliseconds that the sender still grants: a duration, so that no two hosts' clocks are compared."""
+SERVICE_ERROR_HEADER = "Nats-Service-Error"
+SERVICE_ERROR_CODE_HEADER = "Nats-Service-Error-Code"
+"""Both from NATS ADR-32, so that `nats micro` and plain NATS clients see a fault without decoding its body."""
+
+
+class WrongProtocol(ValueError):
+    """A message of another protocol version. Attributes: `theirs` (text of the header), `ours`."""
+
+    def __init__(self, theirs: str) -> None:
+        self.theirs = theirs
+        self.ours = PROTOCOL_VERSION
+        super().__init__(f"protocol version {theirs[:20]!r} is not spoken here; this worker speaks {PROTOCOL_VERSION}")
+
+
+def check_protocol(headers: Mapping[str, str] | None, *, required: bool) -> None:
+    """Accept our version, or none at all where the header isn't `required`. Raises `WrongProtocol`."""
+    theirs = (headers or {}).get(PROTOCOL_HEADER)
+    if theirs is None:
+        if required:
+            raise WrongProtocol("")
+        return
+    if theirs.strip() != str(PROTOCOL_VERSION):
+        raise WrongProtocol(theirs)

@@ -1,0 +1,80 @@
+"""The names of the bus: every NATS subject that nixlbus publishes to or subscribes to is built here.
+
+In: a prefix and identifiers. Out: `Subject` values, which carry the full NATS subject and the short, low-cardinality
+template that traces and metrics use. Identifiers are checked, so that nobody's id can widen a subject with a dot or
+a wildcard.
+"""
+
+import re
+from dataclasses import dataclass
+
+IDENTIFIER = re.compile(r"[A-Za-z0-9_-]{1,64}")
+SUBJECT_VERSION = "v1"
+DEFAULT_PREFIX = "nixlbus"
+
+
+class InvalidIdentifier(ValueError):
+    """An identifier that may not stand in a subject.
+
+    Attributes: `kind` (what it was to name), `value`.
+    """
+
+    def __init__(self, kind: str, value: str) -> None:
+        self.kind = kind
+        self.value = value
+        super().__init__(f"{kind} {value[:80]!r} is not an identifier; use 1 to 64 of A-Z a-z 0-9 _ -")
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """One subject: `name` as NATS sees it, `template` as traces and metrics name it (no ids that grow in number)."""
+
+    name: str
+    template: str
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True, slots=True)
+class Subjects:
+    """All subjects under one prefix. Every method raises `InvalidIdentifier` for a bad id."""
+
+    prefix: str = DEFAULT_PREFIX
+
+    def __post_init__(self) -> None:
+        identifier("prefix", self.prefix)
+
+    def graph(self, graph: str, stage: str) -> Subject:
+        """A stage of a graph (generate, decode, prefill, encode): its workers listen in a queue group."""
+        template = f"graph.{identifier('graph', graph)}.{identifier('stage', stage)}"
+        return self._subject(template, template)
+
+    def worker(self, worker_id: str, endpoint: str) -> Subject:
+        """A direct call to one worker instance."""
+        name = identifier("endpoint", endpoint)
+        return self._subject(f"worker.{identifier('worker id', worker_id)}.{name}", f"worker.{{worker_id}}.{name}")
+
+    def ack(self, target_worker_id: str, operation_id: str) -> Subject:
+        """The completion ack of one operation; its target listens."""
+        worker = identifier("worker id", target_worker_id)
+        return self._subject(f"ack.{worker}.{identifier('operation id', operation_id)}", "ack.{worker_id}")
+
+    def acks(self, target_worker_id: str) -> Subject:
+        """Every ack for one target: its single wildcard subscription."""
+        return self._subject(f"ack.{identifier('worker id', target_worker_id)}.*", "ack.{worker_id}")
+
+    def event(self, worker_id: str, kind: str) -> Subject:
+        """A worker's lifecycle event (joined, ready, draining, left): a hint, never a proof."""
+        event = identifier("event", kind)
+        return self._subject(f"event.{identifier('worker id', worker_id)}.{event}", f"event.{{worker_id}}.{event}")
+
+    def _subject(self, name: str, template: str) -> Subject:
+        return Subject(f"{self.prefix}.{SUBJECT_VERSION}.{name}", template)
+
+
+def identifier(kind: str, value: str) -> str:
+    """Return `value` if it may stand in a subject, else raise `InvalidIdentifier`."""
+    if not IDENTIFIER.fullmatch(value):
+        raise InvalidIdentifier(kind, value)
+    return value
