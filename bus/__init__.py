@@ -3,6 +3,7 @@
 nixl and torch are imported when a bus opens its data plane, so that `import bus` works where they aren't installed.
 """
 
+from bus.blocks.pool import BlockLayout, BlockPool, KvBlocks
 from bus.bus import Bus
 from bus.config import BusConfig, ConfigError
 from bus.control_plane.call import CallMeter
@@ -34,17 +35,20 @@ from bus.errors import (
     RegistrationError,
     RemoteFault,
     RemoteProtocolError,
+    RequestRefused,
     StaleGrant,
     TransferError,
     fault_of,
 )
 from bus.handshake.authentication import KeyFileError, write_key_file
-from bus.operations.initiator import Claim, OperationReport, ReadOperation, WriteOperation
+from bus.operations.initiator import Claim, OperationReport, PendingClaim, ReadOperation, WriteOperation
 from bus.operations.target import ReadableOperation, WritableOperation
 
 __all__ = [
     "ArenaTensor",
     "AuthenticationError",
+    "BlockLayout",
+    "BlockPool",
     "Bus",
     "BusConfig",
     "BusError",
@@ -63,12 +67,14 @@ __all__ = [
     "Handler",
     "IncompatiblePeer",
     "KeyFileError",
+    "KvBlocks",
     "LocalProtocolError",
     "NoResponders",
     "OperationReport",
     "Overloaded",
     "PayloadTooLarge",
     "PeerLost",
+    "PendingClaim",
     "PermissionDenied",
     "PoolExhausted",
     "ReadOperation",
@@ -76,6 +82,7 @@ __all__ = [
     "RegistrationError",
     "RemoteFault",
     "RemoteProtocolError",
+    "RequestRefused",
     "ServerUnavailable",
     "StaleGrant",
     "TransferError",

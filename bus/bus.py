@@ -27,8 +27,9 @@ from bus.errors import LocalProtocolError, RemoteProtocolError
 from bus.handshake import exchange
 from bus.handshake.authentication import KeyRing
 from bus.operations import initiator
-from bus.operations.initiator import Claim, Conclusions, Lanes, ReadOperation, WriteOperation
+from bus.operations.initiator import Claim, Conclusions, Lanes, PendingClaim, ReadOperation, WriteOperation
 from bus.operations.target import Grants, PassiveOperation, ReadableOperation, WritableOperation
+from observability.active_span import Span
 from schemas.codec import MessageError, decode, encode
 from schemas.handshake import AgentMetadataRequest
 from schemas.message import Message
@@ -110,9 +111,12 @@ class Bus:
         *,
         timeout_s: float,
         meter: CallMeter | None = None,
+        parent: Span | None = None,
     ) -> AsyncGenerator[Any, None]:
         """Send a typed request and yield the frames of its answer; see `Caller.stream`. Close it with `aclosing`."""
-        return self._caller.stream(subject, message, frame_type, last_type, timeout_s=timeout_s, meter=meter)
+        return self._caller.stream(
+            subject, message, frame_type, last_type, timeout_s=timeout_s, meter=meter, parent=parent
+        )
 
     async def publish(self, subject: Subject, message: Message) -> None:
         """Publish without an answer: an event."""
@@ -139,6 +143,15 @@ class Bus:
     async def services(self, timeout_s: float = 2.0) -> list[dict[str, Any]]:
         """The live workers of this bus."""
         return await discover(self._connection, self._inbox, timeout_s=timeout_s)
+
+    async def drain(self, timeout_s: float) -> None:
+        """Leave discovery, take no further requests, and finish those that were taken; operations go on meanwhile."""
+        if self._service:
+            await self._service.close()
+            self._service = None
+        serving = [endpoint for endpoint in self._endpoints if endpoint.config.traced]
+        self._endpoints = [endpoint for endpoint in self._endpoints if not endpoint.config.traced]
+        await asyncio.gather(*(endpoint.drain(timeout_s) for endpoint in serving))
 
     @property
     def arena(self) -> TensorArena:
@@ -189,6 +202,11 @@ class Bus:
     async def claim(self, metadata: RdmaMetadata) -> Claim:
         """Make a peer's grant ours ahead of the transfer, beside other work; see `initiator.claim`."""
         return await initiator.claim(self._lane().lanes, metadata)
+
+    def claim_ahead(self, metadata: RdmaMetadata) -> PendingClaim:
+        """Claim in the background: `async with bus.claim_ahead(grant) as pending`, then `await pending.granted()`."""
+        lane = self._lane()
+        return PendingClaim(asyncio.create_task(initiator.claim(lane.lanes, metadata)), lane.conclusions)
 
     async def begin_read(self, remote: RdmaMetadata | Claim, local: "torch.Tensor | Descriptor") -> ReadOperation:
         """Read the memory of a peer's `create_readable` into `local`; await the operation. See `initiator.begin`."""
@@ -248,14 +266,10 @@ class Bus:
         await self.serve(EndpointConfig(endpoint, subject, request_type, max_queued=4096, traced=False), handler)
 
     async def _close(self, timeout_s: float) -> None:
-        if self._service:
-            await self._service.close()
-        graph = [endpoint for endpoint in self._endpoints if endpoint.config.traced]
-        peers = [endpoint for endpoint in self._endpoints if not endpoint.config.traced]
-        await asyncio.gather(*(endpoint.drain(timeout_s) for endpoint in graph))
+        await self.drain(timeout_s)
         if self._data_plane:
             await self._data_plane.close(timeout_s)
-        await asyncio.gather(*(endpoint.drain(1.0) for endpoint in peers))
+        await asyncio.gather(*(endpoint.drain(1.0) for endpoint in self._endpoints))
 
 
 class _DataPlane:

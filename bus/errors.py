@@ -82,6 +82,14 @@ class RemoteFault(BusError):
         super().__init__(fault.message, remedy=fault.remedy, peer=fault.worker_id, subject=subject)
 
 
+class RequestRefused(BusError):
+    """A handler's own refusal, with the fault code that tells the caller why: bad input, an unknown model."""
+
+    def __init__(self, code: FaultCode, what: str, *, remedy: str = "") -> None:
+        self.refusal_code = code
+        super().__init__(what, remedy=remedy)
+
+
 class DeadlineExceeded(BusError):
     """Time ran out before an answer, an ack or a completion."""
 
@@ -208,7 +216,8 @@ def _forwarded(fault: Fault, worker_id: str, trace_id: str) -> Fault:
 def _described(error: BaseException) -> tuple[FaultCode, str, str]:
     if isinstance(error, BusError):
         text = str(error)
-        return error.code, text.removesuffix(f"; {error.remedy}") if error.remedy else text, error.remedy
+        code = error.refusal_code if isinstance(error, RequestRefused) else error.code
+        return code, text.removesuffix(f"; {error.remedy}") if error.remedy else text, error.remedy
     if isinstance(error, WrongProtocol):
         return FaultCode.WRONG_PROTOCOL, str(error), "use a client of the same protocol version"
     if isinstance(error, MessageError):

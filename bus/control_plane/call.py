@@ -79,12 +79,14 @@ class Caller:
         *,
         timeout_s: float,
         meter: CallMeter | None = None,
+        parent: Span | None = None,
     ) -> AsyncGenerator[Any, None]:
         """Send `message` and yield its frames; the one of `last_type` ends the stream and is yielded too.
 
-        `timeout_s` bounds the whole stream. A gap in the numbers is a `RemoteProtocolError`: no frame is lost silently.
+        `timeout_s` bounds the whole stream; `parent` is the send span's, where it isn't the current one. A gap in
+        the numbers is a `RemoteProtocolError`: no frame is lost silently.
         """
-        frames = self._exchange(subject, message, frame_type | last_type, timeout_s, True, meter or CallMeter())
+        frames = self._exchange(subject, message, frame_type | last_type, timeout_s, True, meter or CallMeter(), parent)
         expected = 0
         async with aclosing(frames):
             async for frame in frames:
@@ -106,11 +108,12 @@ class Caller:
         timeout_s: float,
         traced: bool,
         meter: CallMeter,
+        parent: Span | None = None,
     ) -> AsyncGenerator[Any, None]:
         deadline = Deadline.after(timeout_s)
         started = time.perf_counter()
         payload = encode(message)
-        send = _send_span(subject, len(payload)) if traced else None
+        send = _send_span(subject, len(payload), parent) if traced else None
         try:
             async with self._inbox.waiting(subject) as (reply_subject, waiter):
                 headers = request_headers(deadline, send)
@@ -139,10 +142,11 @@ def request_headers(deadline: Deadline, span: Span | None) -> dict[str, str]:
     return headers
 
 
-def _send_span(subject: Subject, num_bytes: int) -> Span:
+def _send_span(subject: Subject, num_bytes: int, parent: Span | None) -> Span:
     return start_span(
         f"send {subject.template}",
         kind=SpanKind.PRODUCER,
+        parent=parent,
         attributes={
             names.MESSAGING_SYSTEM: "nats",
             names.MESSAGING_OPERATION_NAME: "send",

@@ -148,6 +148,31 @@ async def claim(lanes: Lanes, metadata: RdmaMetadata) -> Claim:
     return Claim(lanes, metadata, peer, reply.token, Deadline.after(reply.lease_ms / 1000))
 
 
+class PendingClaim:
+    """A claim on its way, beside other work. An async context manager; leaving it gives an unspent claim back."""
+
+    def __init__(self, claiming: "asyncio.Task[Claim]", conclusions: "Conclusions") -> None:
+        self._claiming = claiming
+        self._conclusions = conclusions
+
+    async def granted(self) -> Claim:
+        """The claim, when it is there. Raises what `claim` raises."""
+        return await asyncio.shield(self._claiming)
+
+    async def __aenter__(self) -> "PendingClaim":
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        # Never cancelled: a claim that the target granted and we forgot would fence its memory to the lease's end.
+        self._conclusions.add(self._give_back())
+
+    async def _give_back(self) -> None:
+        try:
+            await (await self._claiming).release()
+        except BusError as error:
+            _LOG.debug("a claim that nobody waits for ended: %s", error)
+
+
 class ActiveOperation:
     """A transfer that we began. Await it for its report."""
 
