@@ -7,6 +7,7 @@ in one line; SIGTERM, SIGINT, a lost parent or a NATS connection that is gone fo
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -54,10 +55,14 @@ class WorkerSpec:
     role: str
     bus: BusConfig
     settings: Settings
+    otlp_endpoint: str | None = None
+    """Where its spans go: "" nowhere, None as the environment says."""
 
 
 async def run_worker(spec: WorkerSpec, report: Callable[[Progress], None], stop: asyncio.Event) -> int:
     """Run one worker until `stop`; returns the exit status."""
+    if spec.otlp_endpoint is not None:
+        os.environ["OTEL_EXPORTER_OTLP_ENDPOINT"] = spec.otlp_endpoint
     configure_logging(spec.settings.log_level)
     tracing.configure(spec.role, instance_id=spec.bus.worker_id, service_version=package_version())
     try:

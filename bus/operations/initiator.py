@@ -9,6 +9,7 @@ at once if nothing was posted. A waiter is answered at the deadline even where t
 
 import asyncio
 import logging
+import time
 from collections.abc import Coroutine, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -183,7 +184,7 @@ class ActiveOperation:
         self._transfer = transfer
         self._lease = lease
         self._span = span
-        self._started_s = loop.time()
+        self._started_s = time.perf_counter()
         self._answer: asyncio.Future[OperationReport] = loop.create_future()
         self._timer = loop.call_later(max(0.0, claim.deadline.remaining_s), self._on_lease_end)
 
@@ -210,7 +211,7 @@ class ActiveOperation:
         await self._transfer.ended
         self._timer.cancel()
         self._lease.unpin()
-        wire_ms = (asyncio.get_running_loop().time() - self._started_s) * 1e3
+        wire_ms = (time.perf_counter() - self._started_s) * 1e3
         self._span.event("done")
         try:
             report = self._transfer.report()

@@ -1,0 +1,1 @@
+"""The `nixlbus` command: one module per subcommand."""

@@ -1,0 +1,161 @@
+"""The `nixlbus` command line: which subcommands there are, and what an error looks like.
+
+Each subcommand is a module of its own that is imported when it runs, so that `nixlbus --help` needs neither torch nor
+nixl. A command that fails prints one line (one JSON object with `--json`) and exits with status 1.
+"""
+
+import asyncio
+import sys
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    name="nixlbus",
+    help="Messages over NATS, tensors over NIXL, one trace.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else there.")]
+NatsUrl = Annotated[str | None, typer.Option("--nats", help="NATS server. [default: $NIXLBUS_NATS_URL or loopback]")]
+Model = Annotated[str | None, typer.Option("--model", help="Folder of a checkpoint. [default: the packaged digits]")]
+Graph = Annotated[str | None, typer.Option("--graph", help="Name of the graph. [default: vlm]")]
+Images = Annotated[list[Path] | None, typer.Option("--image", help="An image file; may be given several times.")]
+MaxTokens = Annotated[int, typer.Option("--max-tokens", min=1, help="Most tokens of the answer.")]
+
+
+@app.command()
+def demo(
+    image: Images = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", help="What to ask.")] = None,
+    max_tokens: MaxTokens = 64,
+    model: Model = None,
+    as_json: AsJson = False,
+) -> None:
+    """Start a graph of five processes, ask it about a picture, draw the trace, stop it."""
+    from workers.cli import demo as command
+
+    _run(command.run(image, prompt, max_tokens, model, as_json), as_json)
+
+
+@app.command()
+def up(
+    nats_port: Annotated[int, typer.Option("--nats-port", help="Port of the nats-server; 0 takes a free one.")] = 4222,
+    http_port: Annotated[int | None, typer.Option("--http-port", help="Port of the frontend. [default: 8000]")] = None,
+    otlp_port: Annotated[
+        int | None, typer.Option("--otlp-port", help="Port of the trace store. [default: 4317]")
+    ] = None,
+    model: Model = None,
+    as_json: AsJson = False,
+) -> None:
+    """Start nats-server and all roles on this machine and stay up until Ctrl-C."""
+    from workers.cli import up as command
+
+    _run(command.run(nats_port, http_port, otlp_port, model, as_json), as_json)
+
+
+@app.command()
+def worker(
+    role: Annotated[str, typer.Argument(help="frontend, processor, decode, prefill, encode or traces.")],
+    nats: NatsUrl = None,
+    worker_id: Annotated[
+        str | None, typer.Option("--id", help="Worker id. [default: the role and random digits]")
+    ] = None,
+    model: Model = None,
+    graph: Graph = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run one worker of a graph in this process, until SIGTERM or Ctrl-C."""
+    from workers.cli import worker as command
+
+    _run(command.run(role, nats, worker_id, model, graph, as_json), as_json)
+
+
+@app.command()
+def request(
+    prompt: Annotated[str, typer.Option("--prompt", help="What to ask.")],
+    image: Images = None,
+    max_tokens: MaxTokens = 64,
+    timeout_s: Annotated[float, typer.Option("--timeout", help="Seconds for the whole answer.")] = 60.0,
+    nats: NatsUrl = None,
+    graph: Graph = None,
+    as_json: AsJson = False,
+) -> None:
+    """Publish a request to a graph's subject and stream the answer."""
+    from workers.cli import request as command
+
+    _run(command.run(prompt, image, max_tokens, timeout_s, nats, graph, as_json), as_json)
+
+
+@app.command()
+def ps(nats: NatsUrl = None, as_json: AsJson = False) -> None:
+    """List the live workers, by NATS service discovery."""
+    from workers.cli import ps as command
+
+    _run(command.run(nats, as_json), as_json)
+
+
+@app.command()
+def trace(
+    trace_id: Annotated[str, typer.Argument(help="Trace id, 32 hex digits; without it the last trace.")] = "",
+    last: Annotated[bool, typer.Option("--last", help="The last trace that ended.")] = False,
+    nats: NatsUrl = None,
+    as_json: AsJson = False,
+) -> None:
+    """Draw the waterfall of a request, from the bus's trace store."""
+    from workers.cli import trace as command
+
+    _run(command.run("" if last else trace_id, nats, as_json), as_json)
+
+
+@app.command()
+def doctor(nats: NatsUrl = None, as_json: AsJson = False) -> None:
+    """Tell what this machine has, what it lacks and what that costs."""
+    from workers.cli import doctor as command
+
+    _run(command.run(nats, as_json), as_json)
+
+
+@app.command("nats-conf")
+def nats_conf(
+    out: Annotated[Path, typer.Option("--out", help="Folder for nats-server.conf and nixlbus.key.")],
+    host: Annotated[str, typer.Option("--host", help="Address that the server listens on.")] = "127.0.0.1",
+    store_dir: Annotated[str, typer.Option("--store-dir", help="JetStream's folder on the server.")] = "/data",
+    as_json: AsJson = False,
+) -> None:
+    """Write a nats-server configuration and the workers' shared key."""
+    from workers.cli import nats_conf as command
+
+    _run(command.run(out, host, store_dir, as_json), as_json)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
+
+
+def _run(command: Coroutine[Any, Any, int], as_json: bool) -> None:
+    import uvloop
+
+    from bus import ServerUnavailable
+    from workers.cli.output import Output
+    from workers.launcher import WorkerFailed
+    from workers.process import START_ERRORS
+
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            sys.exit(runner.run(command))
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (*START_ERRORS, ServerUnavailable, WorkerFailed, TimeoutError) as error:
+        Output(as_json).error(error)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""`nixlbus ps`: the live workers, as they answer NATS service discovery right now."""
+
+from typing import Any
+
+from rich.table import Table
+
+from bus import Bus, BusConfig
+from workers.cli.output import Output
+from workers.cli.request import CONNECT_TIMEOUT_S
+
+
+async def run(nats: str | None, as_json: bool) -> int:
+    """List them; returns the exit status."""
+    output = Output(as_json)
+    config = BusConfig.from_env("ps", nats_url=nats, connect_timeout_s=CONNECT_TIMEOUT_S)
+    async with Bus.open(config, data_plane=False) as bus:
+        services = await bus.services()
+    output.result({"workers": services})
+    if services:
+        output.text(_table(services))
+    else:
+        output.text(f"no workers on {config.nats_url}; start some with 'nixlbus up' or 'nixlbus worker ROLE'")
+    return 0
+
+
+def _table(services: list[dict[str, Any]]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for heading in ("worker", "role", "graph", "model", "started"):
+        table.add_column(heading)
+    for heading in ("requests", "errors", "mean ms"):
+        table.add_column(heading, justify="right")
+    for service in services:
+        metadata, endpoints = service["metadata"], service["endpoints"]
+        requests = sum(endpoint.get("num_requests", 0) for endpoint in endpoints)
+        spent_ns = sum(endpoint.get("processing_time", 0) for endpoint in endpoints)
+        table.add_row(
+            service["id"],
+            metadata.get("role", ""),
+            metadata.get("graph", ""),
+            metadata.get("model", ""),
+            service["started"][:19].replace("T", " "),
+            str(requests),
+            str(sum(endpoint.get("num_errors", 0) for endpoint in endpoints)),
+            f"{spent_ns / requests / 1e6:.1f}" if requests else "",
+        )
+    return table
