@@ -11,10 +11,13 @@ from bus.control_plane.embedded_server import (
     EmbeddedServer,
     ServerUnavailable,
     embedded_server,
+    server_binary,
     server_configuration,
 )
 from bus.control_plane.endpoint import EndpointConfig, Handler
+from bus.data_plane.agent import keep_stdout_clean
 from bus.data_plane.memory import ArenaTensor, Descriptor
+from bus.data_plane.probe import ProbeReport, probe_data_plane
 from bus.deadline import Deadline
 from bus.errors import (
     AuthenticationError,
@@ -77,6 +80,7 @@ __all__ = [
     "PendingClaim",
     "PermissionDenied",
     "PoolExhausted",
+    "ProbeReport",
     "ReadOperation",
     "ReadableOperation",
     "RegistrationError",
@@ -90,6 +94,9 @@ __all__ = [
     "WriteOperation",
     "embedded_server",
     "fault_of",
+    "keep_stdout_clean",
+    "probe_data_plane",
+    "server_binary",
     "server_configuration",
     "write_key_file",
 ]

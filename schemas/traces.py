@@ -6,6 +6,9 @@ from msgspec import Meta
 
 from schemas.message import Message
 
+TRACE_STORE_ID = "traces"
+"""The worker id of the trace store: well known, so that a client finds it without discovery; one per bus."""
+
 
 class TraceRequest(Message, frozen=True, kw_only=True, tag="trace.request"):
     """One trace by id, or the last one that ended."""

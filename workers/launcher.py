@@ -16,6 +16,7 @@ from contextlib import asynccontextmanager
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 
+from bus import keep_stdout_clean
 from workers.process import Progress, WorkerSpec, run_worker
 
 PRELOADED = ("torch", "nixl._api", "transformers", "workers.preload")
@@ -128,7 +129,7 @@ def fork_server() -> ForkServerContext:
     """The context that workers are forked in, with its preloads set."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    os.environ.setdefault("NIXL_LOG_LEVEL", "WARN")
+    keep_stdout_clean()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(PRELOADED))

@@ -13,10 +13,11 @@ from pathlib import Path
 
 from bus import Bus, BusConfig, embedded_server, write_key_file
 from observability.trace_store import TraceStore
+from schemas.traces import TRACE_STORE_ID
 from workers.launcher import WorkerProcess, running
 from workers.process import Progress, WorkerSpec
 from workers.roles import GRAPH_ROLES
-from workers.roles.traces import WORKER_ID, TracesWorker
+from workers.roles.traces import TracesWorker
 from workers.settings import Settings
 
 Observer = Callable[[str, Progress], None]
@@ -70,7 +71,7 @@ async def local_graph(
 
 @asynccontextmanager
 async def _trace_store(nats_url: str, settings: Settings) -> AsyncIterator[TracesWorker]:
-    config = BusConfig(worker_id=WORKER_ID, nats_url=nats_url)
+    config = BusConfig(worker_id=TRACE_STORE_ID, nats_url=nats_url)
     async with Bus.open(config, data_plane=False) as bus:
         worker = TracesWorker(bus, settings)
         await worker.start()

@@ -191,8 +191,14 @@ def available_plugins() -> dict[str, list[str]]:
     return plugins
 
 
+def keep_stdout_clean() -> None:
+    """Keep NIXL's and UCX's log lines off stdout, where a program's result goes; before nixl is first imported."""
+    os.environ.setdefault("NIXL_LOG_LEVEL", "WARN")
+    os.environ.setdefault("UCX_LOG_FILE", "stderr")
+
+
 def _bindings() -> Any:
-    os.environ.setdefault("NIXL_LOG_LEVEL", "WARN")  # its Python logger writes INFO lines to stdout
+    keep_stdout_clean()
     try:
         import nixl._bindings
     except ImportError as error:

@@ -32,7 +32,7 @@ class ProbeReport(NamedTuple):
     bytes_per_s: float
 
 
-def probe() -> ProbeReport:
+def probe_data_plane() -> ProbeReport:
     """Run the probe. Raises `RegistrationError` that says what failed."""
     try:
         finished = subprocess.run(  # our own interpreter and module

@@ -9,15 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 from bus import RemoteProtocolError
 from observability.span_record import SpanRecord
 from observability.waterfall import render_waterfall
 from workers.cli.chat_client import stream_chat
+from workers.cli.ledger_table import ledger_table
 from workers.cli.output import Output
 from workers.local_graph import LocalGraph, local_graph
-from workers.models.transformers_adapter import digits_path
+from workers.models.packaged import digits_path
 from workers.settings import Settings
 
 PROMPT = "What digit is this?"
@@ -92,14 +91,3 @@ async def _spans(graph: LocalGraph, trace_id: str) -> list[SpanRecord]:
         raise RemoteProtocolError("the answer carried no trace id")
     await graph.store.wait_for_complete(trace_id, TRACE_TIMEOUT_S)
     return graph.store.trace(trace_id)
-
-
-def ledger_table(ledger: Sequence[dict[str, Any]], elapsed_ms: float) -> Table:
-    """The ledger for people."""
-    table = Table(title=f"ledger of {elapsed_ms:.1f} ms", title_justify="left", box=None, pad_edge=False)
-    table.add_column("hop")
-    table.add_column("bytes", justify="right")
-    table.add_column("ms", justify="right")
-    for hop in ledger:
-        table.add_row(hop["name"], f"{hop['bytes']:,}" if hop["bytes"] else "", f"{hop['ms']:.2f}")
-    return table

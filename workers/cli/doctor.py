@@ -14,13 +14,11 @@ from pathlib import Path
 import msgspec
 from rich.table import Table
 
-from bus import Bus, BusConfig, BusError, ServerUnavailable
-from bus.control_plane.embedded_server import server_binary
-from bus.data_plane.probe import probe
+from bus import BusError, ServerUnavailable, probe_data_plane, server_binary
+from workers.cli.client import open_client
 from workers.cli.output import Output
 
 PACKAGES = ("nixlbus", "nixl", "torch", "transformers", "nats-py", "msgspec", "msgpack", "opentelemetry-sdk", "uvloop")
-CONNECT_TIMEOUT_S = 2.0
 
 
 class Check(msgspec.Struct, frozen=True):
@@ -69,7 +67,7 @@ def _packages() -> list[Check]:
 
 def _nixl() -> list[Check]:
     try:
-        report = probe()
+        report = probe_data_plane()
     except BusError as error:
         return [Check("nixl transfer", False, str(error), "no tensor can be moved", required=True)]
     usable = ", ".join(sorted(name for name, memory in report.plugins.items() if memory))
@@ -129,13 +127,12 @@ def _http() -> list[Check]:
 
 
 async def _nats(nats: str | None) -> Check:
-    config = BusConfig.from_env("doctor", nats_url=nats, connect_timeout_s=CONNECT_TIMEOUT_S)
     try:
-        async with Bus.open(config, data_plane=False) as bus:
+        async with open_client("doctor", nats) as bus:
             services = await bus.services(timeout_s=1.0)
-    except BusError:
-        return Check("nats", False, f"nothing at {config.nats_url}", "no bus yet; 'nixlbus up' starts one")
-    return Check("nats", True, f"{config.nats_url}, {len(services)} workers")
+    except BusError as error:
+        return Check("nats", False, error.what, "no bus yet; 'nixlbus up' starts one")
+    return Check("nats", True, f"{bus.config.nats_url}, {len(services)} workers")
 
 
 def _table(checks: list[Check]) -> Table:

@@ -4,22 +4,20 @@ from typing import Any
 
 from rich.table import Table
 
-from bus import Bus, BusConfig
+from workers.cli.client import open_client
 from workers.cli.output import Output
-from workers.cli.request import CONNECT_TIMEOUT_S
 
 
 async def run(nats: str | None, as_json: bool) -> int:
     """List them; returns the exit status."""
     output = Output(as_json)
-    config = BusConfig.from_env("ps", nats_url=nats, connect_timeout_s=CONNECT_TIMEOUT_S)
-    async with Bus.open(config, data_plane=False) as bus:
+    async with open_client("ps", nats) as bus:
         services = await bus.services()
     output.result({"workers": services})
     if services:
         output.text(_table(services))
     else:
-        output.text(f"no workers on {config.nats_url}; start some with 'nixlbus up' or 'nixlbus worker ROLE'")
+        output.text(f"no workers on {bus.config.nats_url}; start some with 'nixlbus up' or 'nixlbus worker ROLE'")
     return 0
 
 

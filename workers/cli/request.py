@@ -10,15 +10,14 @@ from pathlib import Path
 
 import msgspec
 
-from bus import Bus, BusConfig
+from bus import Bus
 from observability import tracing
 from schemas.generate import ChatMessage, GenerateChunk, GenerateDone, GenerateRequest, ImagePart, TextPart
-from workers.cli.demo import ledger_table
+from workers.cli.client import open_client
+from workers.cli.ledger_table import ledger_table
 from workers.cli.output import Output
 from workers.settings import Settings
 from workers.worker import package_version
-
-CONNECT_TIMEOUT_S = 3.0
 
 
 async def run(
@@ -33,14 +32,14 @@ async def run(
     """Ask and print; returns the exit status."""
     output = Output(as_json)
     settings = Settings.from_env(graph=graph)
-    config = BusConfig.from_env("client", nats_url=nats, connect_timeout_s=CONNECT_TIMEOUT_S)
+    client = open_client("client", nats)
     parts: list[TextPart | ImagePart] = [ImagePart(image=image.read_bytes()) for image in images or ()]
     message = GenerateRequest(
         messages=[ChatMessage(role="user", content=[*parts, TextPart(text=prompt)])], max_tokens=max_tokens
     )
-    tracing.configure("client", instance_id=config.worker_id, service_version=package_version())
+    tracing.configure("client", instance_id="client", service_version=package_version())
     try:
-        async with Bus.open(config, data_plane=False) as bus:
+        async with client as bus:
             await _ask(bus, settings.graph, message, timeout_s, output)
     finally:
         tracing.shutdown()

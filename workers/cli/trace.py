@@ -2,23 +2,24 @@
 
 import msgspec
 
-from bus import Bus, BusConfig, NoResponders
+from bus import NoResponders
 from observability.span_record import SpanRecord
 from observability.waterfall import render_waterfall
-from schemas.traces import TraceReply, TraceRequest
+from schemas.traces import TRACE_STORE_ID, TraceReply, TraceRequest
+from workers.cli.client import open_client
 from workers.cli.output import Output
-from workers.cli.request import CONNECT_TIMEOUT_S
-from workers.roles.traces import SETTLE_S, WORKER_ID
+
+TIMEOUT_S = 10.0
+"""The store itself waits up to 5 s for the rest of a trace."""
 
 
 async def run(trace_id: str, nats: str | None, as_json: bool) -> int:
     """Fetch the trace and draw it; returns the exit status."""
     output = Output(as_json)
-    config = BusConfig.from_env("trace", nats_url=nats, connect_timeout_s=CONNECT_TIMEOUT_S)
-    async with Bus.open(config, data_plane=False) as bus:
-        subject = bus.subjects.worker(WORKER_ID, "trace")
+    async with open_client("trace", nats) as bus:
+        subject = bus.subjects.worker(TRACE_STORE_ID, "trace")
         try:
-            reply = await bus.request(subject, TraceRequest(trace_id=trace_id), TraceReply, timeout_s=SETTLE_S + 5)
+            reply = await bus.request(subject, TraceRequest(trace_id=trace_id), TraceReply, timeout_s=TIMEOUT_S)
         except NoResponders:
             raise NoResponders(
                 "no trace store answers on this bus",

@@ -39,6 +39,7 @@ def _tell(graph: LocalGraph, graph_name: str, output: Output) -> None:
     output.result(
         {
             "nats_url": graph.nats_url,
+            "monitoring_url": graph.monitoring_url,
             "http_url": graph.http_url,
             "otlp_endpoint": graph.otlp_endpoint,
             "key_file": graph.key_file,

@@ -6,10 +6,10 @@ import os
 import typer
 
 from bus import BusConfig
+from schemas.traces import TRACE_STORE_ID
 from workers.cli.output import Output
 from workers.process import Progress, WorkerSpec, run_worker, stop_on_signals
 from workers.roles import role_names
-from workers.roles.traces import WORKER_ID
 from workers.settings import Settings
 
 
@@ -22,7 +22,7 @@ async def run(
         raise typer.BadParameter(f"{role!r} is no role; there are {', '.join(role_names())}")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     if role == "traces":
-        worker_id = worker_id or os.environ.get("NIXLBUS_WORKER_ID") or WORKER_ID
+        worker_id = worker_id or os.environ.get("NIXLBUS_WORKER_ID") or TRACE_STORE_ID
     config = BusConfig.from_env(role, nats_url=nats, worker_id=worker_id)
     spec = WorkerSpec(role, config, Settings.from_env(model=model, graph=graph))
     stop = asyncio.Event()

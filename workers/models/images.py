@@ -64,6 +64,13 @@ def image_size(image_bytes: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> tupl
         return height, width
 
 
+def blank_image() -> bytes:
+    """A small black PNG, for a run that only warms a model up."""
+    file = io.BytesIO()
+    Image.new("RGB", (32, 32)).save(file, "PNG")
+    return file.getvalue()
+
+
 def decode_image(image_bytes: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:
     """The image as mode "RGB", upright; the first frame of an animation; transparent parts over white.
 

@@ -31,6 +31,7 @@ class DecodeWorker(ModelWorker):
     def load(self, model: Path) -> ModelIdentity:
         """Load the language model."""
         self.model = TransformersLanguageModel.load(model)
+        self.model.step(self.model.restore(self.model.prefill([0, 0], None).keys_values), 0, 2)  # warms it up
         return self.model.identity
 
     async def start(self) -> None:

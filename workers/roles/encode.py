@@ -13,6 +13,7 @@ from bus import IncompatiblePeer
 from observability.tracing import span
 from schemas.stages import EncodeReply, EncodeRequest
 from workers.ledger import Ledger
+from workers.models.images import blank_image
 from workers.models.transformers_adapter import TransformersVisionEncoder
 from workers.models.vision_language_model import ModelIdentity, VisionEncoder
 from workers.roles.model_worker import ModelWorker
@@ -28,6 +29,7 @@ class EncodeWorker(ModelWorker):
     def load(self, model: Path) -> ModelIdentity:
         """Load the encoder."""
         self.encoder = TransformersVisionEncoder.load(model)
+        self.encoder.encode([blank_image()])  # the first run costs 100 ms that no request should pay
         return self.encoder.identity
 
     @endpoint("encode", concurrency=8)

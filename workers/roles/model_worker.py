@@ -8,7 +8,7 @@ from bus import Bus, RequestRefused
 from schemas.fault import FaultCode
 from schemas.stages import StageRequest
 from workers.model_thread import ModelThread
-from workers.models.transformers_adapter import digits_path
+from workers.models.packaged import digits_path
 from workers.models.vision_language_model import ModelIdentity
 from workers.settings import Settings
 from workers.worker import Worker

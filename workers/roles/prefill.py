@@ -33,6 +33,7 @@ class PrefillWorker(ModelWorker):
     def load(self, model: Path) -> ModelIdentity:
         """Load the language model."""
         self.model = TransformersLanguageModel.load(model)
+        self.model.prefill([0, 0], None)  # the first run is slow; no request should pay for it
         return self.model.identity
 
     @endpoint("prefill", concurrency=8)

@@ -35,6 +35,7 @@ class ProcessorWorker(ModelWorker):
     def load(self, model: Path) -> ModelIdentity:
         """Load the tokenizer."""
         self.tokenizer = TransformersPromptTokenizer.load(model)
+        self.tokenizer.tokenize([{"role": "user", "content": [{"type": "image"}]}], [(32, 32)])  # warms its caches
         return self.tokenizer.identity
 
     @endpoint("generate", concurrency=64, public=True)

@@ -15,8 +15,6 @@ from schemas.traces import TraceReply, TraceRequest
 from workers.settings import Settings
 from workers.worker import Worker, endpoint
 
-WORKER_ID = "traces"
-"""Well known, so that a client finds it without discovery: one per bus."""
 SETTLE_S = 5.0
 """How long a trace may take to become whole once it is asked for: exporters send every fraction of a second."""
 

@@ -20,9 +20,9 @@ from workers.models.digits_dataset import (
     held_out_pngs,
     load_split,
 )
+from workers.models.packaged import digits_path
 from workers.models.training.curriculum import Recipe
 from workers.models.training.evaluation import answer_all
-from workers.models.transformers_adapter import digits_path
 
 
 @pytest.fixture(scope="module")

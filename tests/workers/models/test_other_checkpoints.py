@@ -24,11 +24,11 @@ from transformers import (
 )
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 
+from workers.models.packaged import digits_path
 from workers.models.transformers_adapter import (
     TransformersLanguageModel,
     TransformersPromptTokenizer,
     TransformersVisionEncoder,
-    digits_path,
 )
 from workers.models.vision_language_model import UnsupportedModel
 

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import AutoProcessor
 
+from workers.models.packaged import digits_path
 from workers.models.training.conversations import corpus
-from workers.models.transformers_adapter import TransformersPromptTokenizer, digits_path
+from workers.models.transformers_adapter import TransformersPromptTokenizer
 from workers.models.vision_language_model import InvalidPrompt, PromptTooLong
 
 TOKENIZER = TransformersPromptTokenizer.load(digits_path())

@@ -16,11 +16,11 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from workers.models.digits_dataset import Digit, held_out_digits
 from workers.models.images import image_size
+from workers.models.packaged import digits_path
 from workers.models.transformers_adapter import (
     TransformersLanguageModel,
     TransformersPromptTokenizer,
     TransformersVisionEncoder,
-    digits_path,
 )
 from workers.models.vision_language_model import InvalidPrompt, LanguageModel, PromptTooLong
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from workers.models.transformers_adapter import TransformersPromptTokenizer, digits_path
+from workers.models.packaged import digits_path
+from workers.models.transformers_adapter import TransformersPromptTokenizer
 
 TOKENIZER = TransformersPromptTokenizer.load(digits_path())
 

@@ -9,7 +9,6 @@ network; no tensor operation at import, so that a fork server may preload this p
 Source: transformers 5.23, whose `generate` the pieces together reproduce token by token.
 """
 
-from workers.models.transformers_adapter.checkpoint import digits_path
 from workers.models.transformers_adapter.language_model import TransformersLanguageModel
 from workers.models.transformers_adapter.prompt_tokenizer import TransformersPromptTokenizer
 from workers.models.transformers_adapter.text_stream import DecodedTextStream
@@ -20,5 +19,4 @@ __all__ = [
     "TransformersLanguageModel",
     "TransformersPromptTokenizer",
     "TransformersVisionEncoder",
-    "digits_path",
 ]

@@ -9,7 +9,6 @@ model is judged by what its class and config declare, before its weights are rea
 from __future__ import annotations
 
 import hashlib
-import importlib.resources
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,11 +30,6 @@ _OTHER_PREFILL_INPUTS = {
     "token_type_ids": "its attention depends on which tokens are of an image (token_type_ids)",
     "cross_attention_mask": "it looks at images by cross-attention",
 }
-
-
-def digits_path() -> Path:
-    """The folder of the packaged checkpoint. Its card is the README.md in it."""
-    return Path(str(importlib.resources.files("workers.models") / "digits"))
 
 
 def checkpoint_identity(path: Path) -> ModelIdentity:

@@ -1,0 +1,49 @@
+# Set-up happens by itself: each target makes the virtual environment it needs, from pinned versions.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet -c constraints.txt
+
+.PHONY: demo test test-full check lint format bench eval clean
+
+demo: $(VENV)/.run-ready  ## one request through a graph of five processes, with its trace
+	$(BIN)/nixlbus demo
+
+test: $(VENV)/.dev-ready  ## the tests
+	$(BIN)/python -m pytest -m "not full and not gpu"
+
+test-full: $(VENV)/.dev-ready  ## and the longer soaks and sweeps
+	$(BIN)/python -m pytest
+
+check: lint test  ## format, lint, types, layers, tests
+
+lint: $(VENV)/.dev-ready
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.dev-ready
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(VENV)/.dev-ready  ## paired operations against raw NATS and raw NIXL, in one run
+	$(BIN)/python -m benchmarks.operations --quick --json results/operations.json
+
+eval: $(VENV)/.dev-ready  ## the 360 held-out digits, through the graph
+	$(BIN)/python -m benchmarks.accuracy
+
+clean:
+	rm -rf $(VENV) build dist results *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+
+$(VENV)/.run-ready: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(INSTALL) -e '.[embedded,http]'
+	touch $@
+
+$(VENV)/.dev-ready: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(INSTALL) -e '.[dev]'
+	touch $@ $(VENV)/.run-ready
+
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "nixlbus needs Python 3.11 or later")'
+	$(PYTHON) -m venv $(VENV)
