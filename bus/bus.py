@@ -123,9 +123,13 @@ class Bus:
         await self._connection.publish(subject, encode(message))
 
     async def serve(self, config: EndpointConfig, handler: Handler) -> None:
-        """Serve a subject until the bus closes: `handler` takes the request and returns the reply or yields frames."""
+        """Serve a subject until the bus closes: `handler` takes the request and returns the reply or yields frames.
+
+        When this returns, NATS knows of it: a request published after that is served.
+        """
         endpoint = Endpoint(self._connection, self.worker_id, config, handler)
         await endpoint.open()
+        await self._connection.flush(self.config.connect_timeout_s)
         self._endpoints.append(endpoint)
 
     async def announce(self, name: str, version: str, metadata: dict[str, str]) -> None:
