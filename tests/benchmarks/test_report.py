@@ -1,0 +1,32 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.report import Report
+
+
+def test_a_report_holds_rows_checks_machine_and_versions(tmp_path: Path) -> None:
+    report = Report("operations")
+    report.row("write", "nixlbus", 4096, 1, [0.001, 0.003, 0.002], 0.006)
+    assert report.value("write", "nixlbus", 4096, 1, "p50_us") == 2000
+    report.check("lower", 1.3, 1.45, "lower")
+    report.check("higher", 0.4, 0.5, "higher")
+    report.write(tmp_path / "deep" / "report.json")
+    whole = json.loads((tmp_path / "deep" / "report.json").read_text())
+    assert set(whole) == {"benchmark", "date", "machine", "versions", "rows", "checks"}
+    assert [check["ok"] for check in whole["checks"]] == [True, False]
+    assert whole["rows"][0]["per_s"] == 500
+
+
+@pytest.mark.full
+@pytest.mark.timeout(200)
+def test_the_operations_benchmark_runs_and_checks_every_limit(tmp_path: Path) -> None:
+    out = tmp_path / "operations.json"
+    command = [sys.executable, "-m", "benchmarks.operations", "--quick", "--json", str(out)]
+    subprocess.run(command, check=True, capture_output=True, timeout=180)
+    whole = json.loads(out.read_text())
+    assert {row["system"] for row in whole["rows"]} == {"nixlbus", "nixlbus_open", "raw_nats", "raw_nixl", "memcpy"}
+    assert len(whole["checks"]) == 11
