@@ -73,6 +73,7 @@ class Bus:
             await bus._inbox.open()
             if data_plane:
                 await bus._open_data_plane()
+            await connection.confirm_subscriptions(config.connect_timeout_s)
             try:
                 yield bus
             finally:
@@ -129,7 +130,7 @@ class Bus:
         """
         endpoint = Endpoint(self._connection, self.worker_id, config, handler)
         await endpoint.open()
-        await self._connection.flush(self.config.connect_timeout_s)
+        await self._connection.confirm_subscriptions(self.config.connect_timeout_s)
         self._endpoints.append(endpoint)
 
     async def announce(self, name: str, version: str, metadata: dict[str, str]) -> None:
@@ -142,7 +143,7 @@ class Bus:
         )
         self._service = Service(self._connection, identity, [e for e in self._endpoints if e.config.traced])
         await self._service.open()
-        await self._connection.flush(self.config.connect_timeout_s)
+        await self._connection.confirm_subscriptions(self.config.connect_timeout_s)
 
     async def services(self, timeout_s: float = 2.0) -> list[dict[str, Any]]:
         """The live workers of this bus."""

@@ -62,7 +62,7 @@ class Connection:
                     closed_cb=self._on_closed,
                 )
         except (TimeoutError, OSError, NatsError) as error:
-            await self._client.close()
+            await self.close()
             reason = self._last_error or str(error) or "no answer"
             raise ConnectionLost(f"no connection to NATS at {redacted(url)} within {timeout_s:g} s: {reason}") from None
         return self
@@ -138,6 +138,15 @@ class Connection:
         except (TimeoutError, NatsError) as error:
             raise ConnectionLost(f"NATS did not answer a flush within {timeout_s:g} s: {error}") from None
 
+    async def confirm_subscriptions(self, timeout_s: float) -> None:
+        """Wait until a message from any other connection finds what was subscribed to so far.
+
+        Two flushes: with nats-server 2.15, after one, a request from another connection met "no responders" in 2 to 7
+        of 100 tries; after two in none of 1,500.
+        """
+        await self.flush(timeout_s)
+        await self.flush(timeout_s)
+
     def statistics(self) -> dict[str, int]:
         """Messages and bytes in and out, and reconnects, since the connection was opened."""
         return dict(self._client.stats)
@@ -149,7 +158,7 @@ class Connection:
                 if self._client.is_connected:
                     await self._client.flush()
                 await self._client.close()
-        except (TimeoutError, NatsError) as error:
+        except (TimeoutError, OSError, NatsError) as error:  # a server that is gone is no reason not to close
             _LOG.debug("closing %s: %s", self.name, error)
 
     async def _on_error(self, error: Exception) -> None:

@@ -93,11 +93,15 @@ def request(
 
 
 @app.command()
-def ps(nats: NatsUrl = None, as_json: AsJson = False) -> None:
+def ps(
+    nats: NatsUrl = None,
+    worker_id: Annotated[str | None, typer.Option("--id", help="This worker alone; exit status 1 if not live.")] = None,
+    as_json: AsJson = False,
+) -> None:
     """List the live workers, by NATS service discovery."""
     from workers.cli import ps as command
 
-    _run(command.run(nats, as_json), as_json)
+    _run(command.run(nats, worker_id, as_json), as_json)
 
 
 @app.command()

@@ -1,4 +1,7 @@
-"""`nixlbus ps`: the live workers, as they answer NATS service discovery right now."""
+"""`nixlbus ps`: the live workers, as they answer NATS service discovery right now.
+
+With a worker's id it tells of that one alone, and fails when it doesn't answer: a health check.
+"""
 
 from typing import Any
 
@@ -8,12 +11,15 @@ from workers.cli.client import open_client
 from workers.cli.output import Output
 
 
-async def run(nats: str | None, as_json: bool) -> int:
-    """List them; returns the exit status."""
+async def run(nats: str | None, worker_id: str | None, as_json: bool) -> int:
+    """List them; returns the exit status, 1 if `worker_id` is given and not among them."""
     output = Output(as_json)
     async with open_client("ps", nats) as bus:
-        services = await bus.services()
+        services = [service for service in await bus.services() if worker_id in (None, service["id"])]
     output.result({"workers": services})
+    if worker_id and not services:
+        output.note(f"{worker_id} does not answer on {bus.config.nats_url}")
+        return 1
     if services:
         output.text(_table(services))
     else:
