@@ -44,7 +44,8 @@ from bus.errors import (
     fault_of,
 )
 from bus.handshake.authentication import KeyFileError, write_key_file
-from bus.operations.initiator import Claim, OperationReport, PendingClaim, ReadOperation, WriteOperation
+from bus.operations.claim import Claim, PendingClaim
+from bus.operations.initiator import OperationReport, ReadOperation, WriteOperation
 from bus.operations.target import ReadableOperation, WritableOperation
 
 __all__ = [

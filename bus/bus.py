@@ -27,7 +27,9 @@ from bus.errors import LocalProtocolError, RemoteProtocolError
 from bus.handshake import exchange
 from bus.handshake.authentication import KeyRing
 from bus.operations import initiator
-from bus.operations.initiator import Claim, Conclusions, Lanes, PendingClaim, ReadOperation, WriteOperation
+from bus.operations.claim import CLAIM_ENDPOINT, Claim, Lanes, PendingClaim, claim
+from bus.operations.conclusions import Conclusions
+from bus.operations.initiator import ReadOperation, WriteOperation
 from bus.operations.target import Grants, PassiveOperation, ReadableOperation, WritableOperation
 from observability.active_span import Span
 from schemas.codec import MessageError, decode, encode
@@ -205,13 +207,13 @@ class Bus:
         return operation
 
     async def claim(self, metadata: RdmaMetadata) -> Claim:
-        """Make a peer's grant ours ahead of the transfer, beside other work; see `initiator.claim`."""
-        return await initiator.claim(self._lane().lanes, metadata)
+        """Make a peer's grant ours ahead of the transfer, beside other work; see `claim`."""
+        return await claim(self._lane().lanes, metadata)
 
     def claim_ahead(self, metadata: RdmaMetadata) -> PendingClaim:
         """Claim in the background: `async with bus.claim_ahead(grant) as pending`, then `await pending.granted()`."""
         lane = self._lane()
-        return PendingClaim(asyncio.create_task(initiator.claim(lane.lanes, metadata)), lane.conclusions)
+        return PendingClaim(asyncio.create_task(claim(lane.lanes, metadata)), lane.conclusions)
 
     async def begin_read(self, remote: RdmaMetadata | Claim, local: "torch.Tensor | Descriptor") -> ReadOperation:
         """Read the memory of a peer's `create_readable` into `local`; await the operation. See `initiator.begin`."""
@@ -263,7 +265,7 @@ class Bus:
         self._data_plane = lane
         introduction = exchange.Introduction(self.worker_id, self.epoch, lane.engine.agent, lane.memory, keys)
         await self._serve_peers(exchange.ENDPOINT, AgentMetadataRequest, introduction.answer)
-        await self._serve_peers(initiator.CLAIM_ENDPOINT, ClaimRequest, lane.grants.claim)
+        await self._serve_peers(CLAIM_ENDPOINT, ClaimRequest, lane.grants.claim)
         await self._connection.subscribe(self.subjects.acks(self.worker_id), lane.on_ack)
 
     async def _serve_peers(self, endpoint: str, request_type: type[Message], handler: Handler) -> None:

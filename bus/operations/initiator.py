@@ -1,4 +1,4 @@
-"""The active side of an operation: claim a grant, move the bytes, publish the one terminal ack.
+"""The active side of an operation: check the grant, move the bytes, publish the one terminal ack.
 
 In: a target's `RdmaMetadata` and local memory. Out: a `ReadOperation` or `WriteOperation`, awaited for its report.
 Everything that can be refused is refused before a byte moves: wrong pairing, wrong length, an expired lease, a stale
@@ -10,39 +10,29 @@ at once if nothing was posted. A waiter is answered at the deadline even where t
 import asyncio
 import logging
 import time
-from collections.abc import Coroutine, Generator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from bus.control_plane.call import Caller
-from bus.control_plane.connection import Connection
 from bus.data_plane.addressing import CopyPair, pair, resolve
 from bus.data_plane.agent import TransferDirection
 from bus.data_plane.arena import Pinnable
-from bus.data_plane.memory import Descriptor, RegisteredMemory
-from bus.data_plane.transfer import Transfer, TransferCancelled, TransferEngine, TransferReport
+from bus.data_plane.memory import Descriptor
+from bus.data_plane.transfer import Transfer, TransferCancelled, TransferReport
 from bus.deadline import Deadline
-from bus.errors import BusError, DeadlineExceeded, IncompatiblePeer, LocalProtocolError, StaleGrant, fault_of
-from bus.handshake.exchange import Peer, Peers
+from bus.errors import BusError, DeadlineExceeded, IncompatiblePeer, LocalProtocolError
+from bus.operations.claim import Claim, Lanes, claim
+from bus.operations.conclusions import Conclusions
 from observability import semantic_conventions as names
 from observability.active_span import Span
-from observability.propagation import inject
 from observability.tracing import start_span
-from schemas.codec import encode
 from schemas.handshake import Region
 from schemas.operations import (
     AckOutcome,
-    ClaimReply,
-    ClaimRequest,
-    CompletionAck,
-    Initiator,
     MemoryExtent,
     OperationKind,
     RdmaMetadata,
 )
-from schemas.subjects import Subjects
 
-CLAIM_ENDPOINT = "claim"
 LEASE_MARGIN_S = 0.05
 """Nothing is posted this close to the end of a lease: the ack has to arrive before the target gives up."""
 
@@ -57,134 +47,17 @@ class OperationReport(NamedTuple):
     """From the post until NIXL said DONE, as seen by this process."""
 
 
-@dataclass(frozen=True, slots=True)
-class Lanes:
-    """What an initiator works with: this worker's half of both planes."""
-
-    identity: Initiator
-    subjects: Subjects
-    connection: Connection
-    caller: Caller
-    peers: Peers
-    memory: RegisteredMemory
-    engine: TransferEngine
-
-
-class Claim:
-    """A grant that is ours: made by `claim`, spent by one transfer.
-
-    An async context manager: leaving it unspent tells the target that nothing was posted, so that it can free its
-    memory at once.
-    """
-
-    def __init__(self, lanes: Lanes, metadata: RdmaMetadata, peer: Peer, token: bytes, deadline: Deadline) -> None:
-        self.metadata = metadata
-        self.peer = peer
-        self.deadline = deadline
-        self._lanes = lanes
-        self._token = token
-        self._spent = False
-
-    def spend(self) -> None:
-        """Mark it used: from now on whoever spends it owes the ack. Raises `LocalProtocolError` the second time."""
-        if self._spent:
-            raise LocalProtocolError("the claim was used already", operation_id=self.metadata.operation_id)
-        self._spent = True
-
-    async def acknowledge(
-        self,
-        outcome: AckOutcome,
-        num_bytes: int = 0,
-        error: BaseException | None = None,
-        span: Span | None = None,
-    ) -> None:
-        """Publish the terminal ack."""
-        lanes = self._lanes
-        ack = CompletionAck(
-            operation_id=self.metadata.operation_id,
-            outcome=outcome,
-            initiator=lanes.identity,
-            token=self._token,
-            num_bytes=num_bytes,
-            fault=fault_of(error, worker_id=lanes.identity.worker_id) if error else None,
-        )
-        headers: dict[str, str] = {}
-        if span is not None:
-            inject(headers, span)
-        subject = lanes.subjects.ack(self.metadata.worker_id, self.metadata.operation_id)
-        await lanes.connection.publish(subject, encode(ack), headers=headers)
-
-    async def release(self) -> None:
-        """Give an unspent claim back."""
-        if not self._spent:
-            self._spent = True
-            await self.acknowledge(AckOutcome.NEVER_POSTED)
-
-    async def __aenter__(self) -> "Claim":
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.release()
-
-
-async def claim(lanes: Lanes, metadata: RdmaMetadata) -> Claim:
-    """Make an open grant ours, or take up a named one; the target's agent is known to NIXL then.
-
-    Raises `StaleGrant` (taken, ended, another epoch, another initiator), `NoResponders` if the target is gone, and
-    what the handshake raises.
-    """
-    deadline = Deadline.after(metadata.lease_ms / 1000)
-    peer = await lanes.peers.ensure(metadata.worker_id, metadata.epoch)
-    if metadata.token is not None:
-        if metadata.initiator != lanes.identity:
-            raise StaleGrant("the grant names another initiator", operation_id=metadata.operation_id)
-        return Claim(lanes, metadata, peer, metadata.token, deadline)
-    reply = await lanes.caller.request(
-        lanes.subjects.worker(metadata.worker_id, CLAIM_ENDPOINT),
-        ClaimRequest(operation_id=metadata.operation_id, epoch=metadata.epoch, initiator=lanes.identity),
-        ClaimReply,
-        timeout_s=max(0.001, deadline.remaining_s),
-        traced=False,
-    )
-    return Claim(lanes, metadata, peer, reply.token, Deadline.after(reply.lease_ms / 1000))
-
-
-class PendingClaim:
-    """A claim on its way, beside other work. An async context manager; leaving it gives an unspent claim back."""
-
-    def __init__(self, claiming: "asyncio.Task[Claim]", conclusions: "Conclusions") -> None:
-        self._claiming = claiming
-        self._conclusions = conclusions
-
-    async def granted(self) -> Claim:
-        """The claim, when it is there. Raises what `claim` raises."""
-        return await asyncio.shield(self._claiming)
-
-    async def __aenter__(self) -> "PendingClaim":
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        # Never cancelled: a claim that the target granted and we forgot would fence its memory to the lease's end.
-        self._conclusions.add(self._give_back())
-
-    async def _give_back(self) -> None:
-        try:
-            await (await self._claiming).release()
-        except BusError as error:
-            _LOG.debug("a claim that nobody waits for ended: %s", error)
-
-
 class ActiveOperation:
     """A transfer that we began. Await it for its report."""
 
-    def __init__(self, claim: Claim, transfer: Transfer, lease: Pinnable, span: Span) -> None:
+    def __init__(self, claim: Claim, transfer: Transfer, lease: Pinnable, span: Span, started_s: float) -> None:
         loop = asyncio.get_running_loop()
         self.metadata = claim.metadata
         self._claim = claim
         self._transfer = transfer
         self._lease = lease
         self._span = span
-        self._started_s = time.perf_counter()
+        self._started_s = started_s
         self._answer: asyncio.Future[OperationReport] = loop.create_future()
         self._timer = loop.call_later(max(0.0, claim.deadline.remaining_s), self._on_lease_end)
 
@@ -281,7 +154,7 @@ async def begin(
     kind: OperationKind,
     grant: RdmaMetadata | Claim,
     descriptor: Descriptor,
-    conclusions: "Conclusions",
+    conclusions: Conclusions,
 ) -> ActiveOperation:
     """Check, claim if need be, and start the one transfer that pairs with a grant of `kind`.
 
@@ -315,8 +188,9 @@ async def begin(
     descriptor.lease.pin()
     span.event("posted")
     post_until = Deadline(grant.deadline.at_s - LEASE_MARGIN_S)
+    started_s = time.perf_counter()
     transfer = lanes.engine.start(pairing.direction, pairs, grant.peer.agent_name, post_until, memory_types)
-    operation = pairing.operation_type(grant, transfer, descriptor.lease, span)
+    operation = pairing.operation_type(grant, transfer, descriptor.lease, span, started_s)
     conclusions.add(operation.conclude())
     return operation
 
@@ -367,26 +241,3 @@ def _measured(report: TransferReport, wire_ms: float) -> dict[str, Any]:
         names.NIXL_BANDWIDTH_BYTES_PER_S: round(report.num_bytes / max(wire_ms / 1e3, 1e-9)),
         names.NIXL_STATUS: "DONE",
     }
-
-
-class Conclusions:
-    """The operations whose end is still to come; each ends with its ack, also when nobody waits for it."""
-
-    def __init__(self) -> None:
-        self._tasks: set[asyncio.Task[None]] = set()
-
-    @property
-    def num_open(self) -> int:
-        """Operations whose target has not been told the end."""
-        return len(self._tasks)
-
-    def add(self, conclusion: Coroutine[Any, Any, None]) -> None:
-        """Run `conclusion` to its end."""
-        task = asyncio.create_task(conclusion)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def close(self, timeout_s: float) -> None:
-        """Wait for all, for up to `timeout_s`."""
-        if self._tasks:
-            await asyncio.wait(self._tasks, timeout=timeout_s)
