@@ -42,7 +42,7 @@ _LOG = logging.getLogger(__name__)
 
 
 class Progress(NamedTuple):
-    """A step in the life of a worker: "connecting", "loading", "ready", "failed", "stopped"."""
+    """A step in the life of a worker: "connecting", "starting", "ready", "failed", "stopped"."""
 
     step: str
     detail: str = ""
@@ -80,7 +80,7 @@ async def run_worker(spec: WorkerSpec, report: Callable[[Progress], None], stop:
 
 
 async def _serve(worker: Worker, report: Callable[[Progress], None], stop: asyncio.Event) -> int:
-    report(Progress("loading", worker.settings.model or "digits"))
+    report(Progress("starting", worker.bus.worker_id))
     try:
         await worker.start()
         await worker.serve()
