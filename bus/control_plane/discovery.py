@@ -5,6 +5,7 @@ asking side, the list of live workers. A worker that is cut off simply doesn't a
 Source: NATS architecture decision record 32.
 """
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
@@ -50,8 +51,7 @@ class Service:
 
     async def close(self) -> None:
         """Disappear from discovery."""
-        for subscription in self._subscriptions:
-            await self._connection.unsubscribe(subscription)
+        await asyncio.gather(*(self._connection.unsubscribe(subscription) for subscription in self._subscriptions))
 
     async def _on_message(self, message: Msg) -> None:
         if message.reply:

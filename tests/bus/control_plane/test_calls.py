@@ -245,6 +245,31 @@ async def test_draining_finishes_what_was_taken(server: EmbeddedServer, caller: 
         await caller.request(subject("leaving"), Ask(), Told, timeout_s=5)
 
 
+async def test_a_worker_that_leaves_under_load_loses_no_request(server: EmbeddedServer, caller: Bus) -> None:
+    async def answer(request: Ask) -> Told:
+        await asyncio.sleep(0.001)
+        return Told()
+
+    async def ask_for_a_while(until_s: float) -> int:
+        count = 0
+        while time.monotonic() < until_s:
+            await caller.request(subject("shared"), Ask(), Told, timeout_s=5)
+            count += 1
+        return count
+
+    shared = config("shared", queue_group="shared")
+    async with Bus.open(BusConfig(worker_id="staying", nats_url=server.url), data_plane=False) as staying:
+        await staying.serve(shared, answer)
+        until_s = time.monotonic() + 1.5
+        clients = [asyncio.create_task(ask_for_a_while(until_s)) for _ in range(16)]
+        for number in range(6):
+            leaving_config = BusConfig(worker_id=f"leaving{number}", nats_url=server.url)
+            async with Bus.open(leaving_config, data_plane=False) as leaving:
+                await leaving.serve(shared, answer)
+                await asyncio.sleep(0.1)
+        assert sum(await asyncio.gather(*clients)) > 100
+
+
 async def test_a_request_in_flight_hears_at_once_that_the_server_is_gone() -> None:
     async with embedded_server() as own:
         config_of_a = BusConfig(worker_id="a", nats_url=own.url)
