@@ -135,7 +135,7 @@ class Connection:
             async with asyncio.timeout(timeout_s):
                 await self._client._send_unsubscribe(subscription._id)
                 await self.confirm_subscriptions(timeout_s)
-                await subscription.drain()
+                await subscription.drain()  # type: ignore[no-untyped-call]
         except (TimeoutError, OSError, NatsError, ConnectionLost) as error:
             _LOG.debug("unsubscribing from %s: %s", subscription.subject, error)
 
