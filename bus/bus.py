@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from bus.config import BusConfig
 from bus.control_plane.call import Caller, CallMeter
-from bus.control_plane.connection import Connection, Msg
+from bus.control_plane.connection import Connection, Msg, redacted
 from bus.control_plane.discovery import Service, ServiceIdentity, discover
 from bus.control_plane.endpoint import Endpoint, EndpointConfig, Handler
 from bus.control_plane.inbox import Inbox
@@ -87,6 +87,11 @@ class Bus:
     def worker_id(self) -> str:
         """Who we are on the bus."""
         return self.config.worker_id
+
+    @property
+    def server(self) -> str:
+        """The NATS server's URL, without credentials."""
+        return redacted(self.config.nats_url)
 
     @property
     def connection_lost(self) -> "asyncio.Future[str]":
@@ -212,8 +217,7 @@ class Bus:
 
     def claim_ahead(self, metadata: RdmaMetadata) -> PendingClaim:
         """Claim in the background: `async with bus.claim_ahead(grant) as pending`, then `await pending.granted()`."""
-        lane = self._lane()
-        return PendingClaim(asyncio.create_task(claim(lane.lanes, metadata)), lane.conclusions)
+        return PendingClaim(self._lane().lanes, metadata)
 
     async def begin_read(self, remote: RdmaMetadata | Claim, local: "torch.Tensor | Descriptor") -> ReadOperation:
         """Read the memory of a peer's `create_readable` into `local`; await the operation. See `initiator.begin`."""
@@ -249,7 +253,7 @@ class Bus:
         self, kind: OperationKind, remote: RdmaMetadata | Claim, local: "torch.Tensor | Descriptor"
     ) -> initiator.ActiveOperation:
         lane = self._lane()
-        return await initiator.begin(lane.lanes, kind, remote, lane.described(local), lane.conclusions)
+        return await initiator.begin(lane.lanes, kind, remote, lane.described(local))
 
     def _lane(self) -> "_DataPlane":
         if self._data_plane is None:
@@ -295,7 +299,6 @@ class _DataPlane:
         self.engine = engine
         self.grants = grants
         self.lanes = lanes
-        self.conclusions = Conclusions()
 
     @classmethod
     async def open(cls, bus: Bus, keys: KeyRing) -> "_DataPlane":
@@ -306,7 +309,7 @@ class _DataPlane:
         engine = TransferEngine(agent, chunk_bytes=config.chunk_bytes, inline_bytes=config.inline_bytes)
         peers = exchange.Peers(bus.worker_id, bus.subjects, bus._caller, engine, keys, config.handshake_timeout_s)
         identity = Initiator(worker_id=bus.worker_id, epoch=bus.epoch)
-        lanes = Lanes(identity, bus.subjects, bus._connection, bus._caller, peers, memory, engine)
+        lanes = Lanes(identity, bus.subjects, bus._connection, bus._caller, peers, memory, engine, Conclusions())
         return cls(memory, arena, engine, Grants(bus.worker_id, bus.epoch), lanes)
 
     def described(self, local: "torch.Tensor | Descriptor") -> Descriptor:
@@ -328,12 +331,12 @@ class _DataPlane:
             "grants_open": self.grants.num_open,
             "grants_quarantined": self.grants.num_quarantined,
             "acks_dropped": self.grants.num_dropped_acks,
-            "operations_under_way": self.conclusions.num_open,
+            "operations_under_way": self.lanes.conclusions.num_open,
             "transfers_posted_inline": self.engine.num_posted_inline,
             "transfers_posted_by_thread": self.engine.num_posted_by_thread,
         }
 
     async def close(self, timeout_s: float) -> None:
         self.grants.cancel_all()
-        await self.conclusions.close(timeout_s)
+        await self.lanes.conclusions.close(timeout_s)
         await self.engine.close(timeout_s)

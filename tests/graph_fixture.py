@@ -73,6 +73,7 @@ def graph() -> Iterator[RunningGraph]:
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,
+            start_new_session=True,
         )
         try:
             assert process.stdout is not None
@@ -85,7 +86,7 @@ def graph() -> Iterator[RunningGraph]:
             yield RunningGraph(**ready)
             assert process.poll() is None, "the graph ended during the tests"
         finally:
-            process.send_signal(signal.SIGINT)
+            os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to every process of the group
             status = process.wait(STOP_TIMEOUT_S)
             process.stdout.close()  # type: ignore[union-attr]
     assert status == 0, "Ctrl-C did not drain the graph cleanly"

@@ -85,7 +85,8 @@ def to_generate_request(request: ChatCompletionRequest) -> GenerateRequest:
     """What the graph is asked. Raises `RequestRefused` for a bad image or an empty chat."""
     if not request.messages:
         raise RequestRefused(FaultCode.INVALID_PROMPT, "a chat needs at least one message")
-    max_tokens = request.max_completion_tokens or request.max_tokens or DEFAULT_MAX_TOKENS
+    given = (request.max_completion_tokens, request.max_tokens)
+    max_tokens = next((number for number in given if number is not None), DEFAULT_MAX_TOKENS)
     if max_tokens < 1:
         raise RequestRefused(FaultCode.INVALID_MESSAGE, f"max_tokens is {max_tokens}; it must be at least 1")
     return GenerateRequest(

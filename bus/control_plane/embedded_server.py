@@ -82,7 +82,12 @@ def _spawn(binary: str, folder: Path, port: int) -> subprocess.Popen[bytes]:
     text = server_configuration(port=port or -1, monitoring_port=-1, store_dir=f"{folder}/jetstream")
     config.write_text(f'{text}ports_file_dir: "{folder}"\nlogfile: "{folder}/log"\n')
     command = [binary, "-c", str(config)]
-    return subprocess.Popen(command, preexec_fn=_end_with_parent, stderr=subprocess.DEVNULL)  # noqa: S603
+    return subprocess.Popen(  # noqa: S603
+        command,
+        preexec_fn=_end_with_parent,
+        start_new_session=True,  # a Ctrl-C for the whole group must not end it while workers drain
+        stderr=subprocess.DEVNULL,
+    )
 
 
 async def _started(process: subprocess.Popen[bytes], folder: Path) -> EmbeddedServer:

@@ -38,6 +38,7 @@ class Lanes:
     peers: Peers
     memory: RegisteredMemory
     engine: TransferEngine
+    conclusions: Conclusions
 
 
 class Claim:
@@ -101,7 +102,7 @@ async def claim(lanes: Lanes, metadata: RdmaMetadata) -> Claim:
     """Make an open grant ours, or take up a named one; the target's agent is known to NIXL then.
 
     Raises `StaleGrant` (taken, ended, another epoch, another initiator), `NoResponders` if the target is gone, and
-    what the handshake raises.
+    what the handshake raises. Cancelled, it gives back what the target may have granted meanwhile.
     """
     deadline = Deadline.after(metadata.lease_ms / 1000)
     peer = await lanes.peers.ensure(metadata.worker_id, metadata.epoch)
@@ -109,6 +110,15 @@ async def claim(lanes: Lanes, metadata: RdmaMetadata) -> Claim:
         if metadata.initiator != lanes.identity:
             raise StaleGrant("the grant names another initiator", operation_id=metadata.operation_id)
         return Claim(lanes, metadata, peer, metadata.token, deadline)
+    claiming = asyncio.create_task(_ask(lanes, metadata, peer, deadline))
+    try:
+        return await asyncio.shield(claiming)
+    except asyncio.CancelledError:
+        lanes.conclusions.add(_give_back(claiming))
+        raise
+
+
+async def _ask(lanes: Lanes, metadata: RdmaMetadata, peer: Peer, deadline: Deadline) -> Claim:
     reply = await lanes.caller.request(
         lanes.subjects.worker(metadata.worker_id, CLAIM_ENDPOINT),
         ClaimRequest(operation_id=metadata.operation_id, epoch=metadata.epoch, initiator=lanes.identity),
@@ -119,12 +129,20 @@ async def claim(lanes: Lanes, metadata: RdmaMetadata) -> Claim:
     return Claim(lanes, metadata, peer, reply.token, Deadline.after(reply.lease_ms / 1000))
 
 
+async def _give_back(claiming: "asyncio.Task[Claim]") -> None:
+    """Never cancelled: a claim that the target granted and we forgot would fence its memory past the lease."""
+    try:
+        await (await claiming).release()
+    except BusError as error:
+        _LOG.debug("a claim that nobody waits for ended: %s", error)
+
+
 class PendingClaim:
     """A claim on its way, beside other work. An async context manager; leaving it gives an unspent claim back."""
 
-    def __init__(self, claiming: "asyncio.Task[Claim]", conclusions: Conclusions) -> None:
-        self._claiming = claiming
-        self._conclusions = conclusions
+    def __init__(self, lanes: Lanes, metadata: RdmaMetadata) -> None:
+        self._lanes = lanes
+        self._claiming = asyncio.create_task(claim(lanes, metadata))
 
     async def granted(self) -> Claim:
         """The claim, when it is there. Raises what `claim` raises."""
@@ -134,11 +152,4 @@ class PendingClaim:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        # Never cancelled: a claim that the target granted and we forgot would fence its memory to the lease's end.
-        self._conclusions.add(self._give_back())
-
-    async def _give_back(self) -> None:
-        try:
-            await (await self._claiming).release()
-        except BusError as error:
-            _LOG.debug("a claim that nobody waits for ended: %s", error)
+        self._lanes.conclusions.add(_give_back(self._claiming))

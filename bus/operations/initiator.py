@@ -21,7 +21,6 @@ from bus.data_plane.transfer import Transfer, TransferCancelled, TransferReport
 from bus.deadline import Deadline
 from bus.errors import BusError, DeadlineExceeded, IncompatiblePeer, LocalProtocolError
 from bus.operations.claim import Claim, Lanes, claim
-from bus.operations.conclusions import Conclusions
 from observability import semantic_conventions as names
 from observability.active_span import Span
 from observability.tracing import start_span
@@ -154,7 +153,6 @@ async def begin(
     kind: OperationKind,
     grant: RdmaMetadata | Claim,
     descriptor: Descriptor,
-    conclusions: Conclusions,
 ) -> ActiveOperation:
     """Check, claim if need be, and start the one transfer that pairs with a grant of `kind`.
 
@@ -191,7 +189,7 @@ async def begin(
     started_s = time.perf_counter()
     transfer = lanes.engine.start(pairing.direction, pairs, grant.peer.agent_name, post_until, memory_types)
     operation = pairing.operation_type(grant, transfer, descriptor.lease, span, started_s)
-    conclusions.add(operation.conclude())
+    lanes.conclusions.add(operation.conclude())
     return operation
 
 

@@ -58,6 +58,7 @@ CASES: dict[str, tuple[bytes, dict[str, str], str]] = {
         {},
         "prompt_too_long",
     ),
+    "too many images": (msgpack.packb(chat(*[image(b"x")] * 65, TEXT)), {}, "invalid_prompt"),
     "an unknown message type": (msgpack.packb({"type": "generate.nonsense"}), {}, "unknown_message_type"),
     "truncated msgpack": (VALID[:-7], {}, "malformed_message"),
     "no msgpack at all": (b"\xc1\xff\x00", {}, "malformed_message"),

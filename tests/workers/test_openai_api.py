@@ -67,6 +67,7 @@ def test_text_and_images_keep_their_order() -> None:
         {"temperature": 1},
         {"stop": ["x"]},
         {"max_tokens": -1},
+        {"max_tokens": 0},
     ],
 )
 def test_what_can_not_be_honoured_is_refused(change: dict[str, Any]) -> None:

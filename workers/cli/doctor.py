@@ -132,7 +132,7 @@ async def _nats(nats: str | None) -> Check:
             services = await bus.services(timeout_s=1.0)
     except BusError as error:
         return Check("nats", False, error.what, "no bus yet; 'nixlbus up' starts one")
-    return Check("nats", True, f"{bus.config.nats_url}, {len(services)} workers")
+    return Check("nats", True, f"{bus.server}, {len(services)} workers")
 
 
 def _table(checks: list[Check]) -> Table:

@@ -18,12 +18,12 @@ async def run(nats: str | None, worker_id: str | None, as_json: bool) -> int:
         services = [service for service in await bus.services() if worker_id in (None, service["id"])]
     output.result({"workers": services})
     if worker_id and not services:
-        output.note(f"{worker_id} does not answer on {bus.config.nats_url}")
+        output.note(f"{worker_id} does not answer on {bus.server}")
         return 1
     if services:
         output.text(_table(services))
     else:
-        output.text(f"no workers on {bus.config.nats_url}; start some with 'nixlbus up' or 'nixlbus worker ROLE'")
+        output.text(f"no workers on {bus.server}; start some with 'nixlbus up' or 'nixlbus worker ROLE'")
     return 0
 
 

@@ -15,7 +15,7 @@ from bus import CallMeter, RequestRefused
 from observability import semantic_conventions as names
 from observability.tracing import current_span
 from schemas.fault import FaultCode
-from schemas.generate import ChatMessage, GenerateChunk, GenerateDone, GenerateRequest, ImagePart, Usage
+from schemas.generate import MAX_IMAGES, ChatMessage, GenerateChunk, GenerateDone, GenerateRequest, ImagePart, Usage
 from schemas.stages import DecodeDone, DecodeRequest, DecodeToken
 from workers.ledger import Ledger
 from workers.models.images import image_size
@@ -50,6 +50,10 @@ class ProcessorWorker(ModelWorker):
                 remedy=f"ask for {self.identity.name}, or leave the model out",
             )
         images = images_of(request.messages)
+        if len(images) > MAX_IMAGES:
+            raise RequestRefused(
+                FaultCode.INVALID_PROMPT, f"{len(images)} images in one request; {MAX_IMAGES} are served"
+            )
         prompt = await self.thread.run(self._tokenize, request.messages, images)
         max_tokens = min(request.max_tokens, self.tokenizer.context_tokens - len(prompt.input_ids))
         _describe(request, self.identity.name, max_tokens, len(prompt.input_ids))

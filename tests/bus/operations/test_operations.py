@@ -336,3 +336,27 @@ async def test_a_killed_peer_is_told_promptly_and_costs_nothing_else(server: Emb
                 assert time.monotonic() - started_s < PROMPTLY_S
             assert bus.stats()["arena_used_bytes"] == 0
             assert bus.stats()["operations_under_way"] == 0
+
+
+async def test_a_claim_that_is_cancelled_midway_is_given_back(
+    target: Bus, server: EmbeddedServer, key_file: str
+) -> None:
+    states = []
+    async with Bus.open(BusConfig(worker_id="hasty", nats_url=server.url, key_file=key_file)) as hasty:
+        with target.arena.allocate([64], torch.uint8) as memory:
+            for step in range(40):
+                operation = await target.create_writable(memory.descriptor, lease_s=20)
+                claiming = asyncio.create_task(hasty.claim(operation.metadata))
+                await asyncio.sleep(step * 0.00005)
+                claiming.cancel()
+                await asyncio.wait([claiming])
+                if not claiming.cancelled():
+                    await claiming.result().release()
+                async with asyncio.timeout(5):
+                    while hasty.stats()["operations_under_way"] or operation.state is GrantState.CLAIMED:  # noqa: ASYNC110
+                        await asyncio.sleep(0.005)
+                states.append(operation.state)
+                operation.cancel()
+    assert GrantState.FAILED in states  # some were granted, and given back
+    assert set(states) <= {GrantState.GRANTED, GrantState.FAILED}
+    assert target.stats()["arena_used_bytes"] == target.stats()["grants_quarantined"] == 0
