@@ -128,7 +128,7 @@ def _strategy(info: Any) -> st.SearchStrategy[Any]:
         case inspect_module.IntType():
             return st.integers(-(2**63) if info.ge is None else info.ge, 2**63 - 1 if info.le is None else info.le)
         case inspect_module.FloatType():
-            return st.floats(allow_nan=False)
+            return st.floats(allow_nan=False, allow_infinity=False)  # JSON has neither
         case inspect_module.BoolType():
             return st.booleans()
         case inspect_module.NoneType():
