@@ -16,37 +16,50 @@ from bus.control_plane.embedded_server import (
 )
 from bus.control_plane.endpoint import EndpointConfig, Handler
 from bus.data_plane.agent import keep_stdout_clean
-from bus.data_plane.memory import ArenaTensor, Descriptor
+from bus.data_plane.descriptor import Descriptor, Device, DeviceKind
+from bus.data_plane.memory import ArenaTensor, LocalMemory
 from bus.data_plane.probe import ProbeReport, probe_data_plane
+from bus.data_plane.transfer import TransferCancelled, TransferReport
 from bus.deadline import Deadline
 from bus.errors import (
     AuthenticationError,
     BusError,
+    ChecksumMismatch,
     ConnectionLost,
     ControlPlaneError,
     DataPlaneError,
     DeadlineExceeded,
     Draining,
+    ForeignGrant,
     IncompatiblePeer,
+    IncompleteOperation,
+    InvalidDescriptor,
+    LeaseExpired,
     LocalProtocolError,
     NoResponders,
+    NotContiguous,
     Overloaded,
     PayloadTooLarge,
     PeerLost,
     PermissionDenied,
     PoolExhausted,
+    ReadOnlyMemory,
     RegistrationError,
     RemoteFault,
     RemoteProtocolError,
     RequestRefused,
     StaleGrant,
     TransferError,
+    WrongLayout,
+    WrongLength,
+    WrongPairing,
     fault_of,
 )
 from bus.handshake.authentication import KeyFileError, write_key_file
+from bus.handshake.process_identity import identity_of
 from bus.operations.claim import Claim, PendingClaim
 from bus.operations.initiator import OperationReport, ReadOperation, WriteOperation
-from bus.operations.target import ReadableOperation, WritableOperation
+from bus.operations.target import OperationStatus, PeerOutcome, ReadableOperation, WritableOperation
 
 __all__ = [
     "ArenaTensor",
@@ -57,6 +70,7 @@ __all__ = [
     "BusConfig",
     "BusError",
     "CallMeter",
+    "ChecksumMismatch",
     "Claim",
     "ConfigError",
     "ConnectionLost",
@@ -65,23 +79,34 @@ __all__ = [
     "Deadline",
     "DeadlineExceeded",
     "Descriptor",
+    "Device",
+    "DeviceKind",
     "Draining",
     "EmbeddedServer",
     "EndpointConfig",
+    "ForeignGrant",
     "Handler",
     "IncompatiblePeer",
+    "IncompleteOperation",
+    "InvalidDescriptor",
     "KeyFileError",
     "KvBlocks",
+    "LeaseExpired",
+    "LocalMemory",
     "LocalProtocolError",
     "NoResponders",
+    "NotContiguous",
     "OperationReport",
+    "OperationStatus",
     "Overloaded",
     "PayloadTooLarge",
     "PeerLost",
+    "PeerOutcome",
     "PendingClaim",
     "PermissionDenied",
     "PoolExhausted",
     "ProbeReport",
+    "ReadOnlyMemory",
     "ReadOperation",
     "ReadableOperation",
     "RegistrationError",
@@ -90,11 +115,17 @@ __all__ = [
     "RequestRefused",
     "ServerUnavailable",
     "StaleGrant",
+    "TransferCancelled",
     "TransferError",
+    "TransferReport",
     "WritableOperation",
     "WriteOperation",
+    "WrongLayout",
+    "WrongLength",
+    "WrongPairing",
     "embedded_server",
     "fault_of",
+    "identity_of",
     "keep_stdout_clean",
     "probe_data_plane",
     "server_binary",

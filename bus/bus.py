@@ -7,58 +7,65 @@ they took, operations end or are fenced, then the connections go.
 """
 
 import asyncio
-import logging
 import secrets
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from bus.config import BusConfig
 from bus.control_plane.call import Caller, CallMeter
-from bus.control_plane.connection import Connection, Msg, redacted
+from bus.control_plane.connection import Connection, redacted
 from bus.control_plane.discovery import Service, ServiceIdentity, discover
 from bus.control_plane.endpoint import Endpoint, EndpointConfig, Handler
 from bus.control_plane.inbox import Inbox
-from bus.data_plane.agent import NixlAgent
-from bus.data_plane.memory import Descriptor, RegisteredMemory, TensorArena
-from bus.data_plane.transfer import TransferEngine
+from bus.control_plane.peer_service import typed
+from bus.data_lane import REAPED_EVENT, DataLane
+from bus.data_plane.memory import RegisteredMemory, TensorArena
 from bus.deadline import Deadline
-from bus.errors import LocalProtocolError, RemoteProtocolError
-from bus.handshake import exchange
+from bus.errors import BusError, LocalProtocolError
+from bus.handshake import exchange, statements
 from bus.handshake.authentication import KeyRing
-from bus.operations import initiator
-from bus.operations.claim import CLAIM_ENDPOINT, Claim, Lanes, PendingClaim, claim
-from bus.operations.conclusions import Conclusions
-from bus.operations.initiator import ReadOperation, WriteOperation
-from bus.operations.target import Grants, PassiveOperation, ReadableOperation, WritableOperation
+from bus.operations.claim import Claim, PendingClaim, claim
+from bus.operations.grants import GrantTerms
+from bus.operations.initiator import (
+    ActiveOperation,
+    OperationReport,
+    Progress,
+    ReadOperation,
+    WriteOperation,
+    begin,
+)
+from bus.operations.target import PassiveOperation, ReadableOperation, WritableOperation
 from observability.active_span import Span
-from schemas.codec import MessageError, decode, encode
+from schemas.codec import encode
 from schemas.handshake import AgentMetadataRequest
 from schemas.message import Message
-from schemas.operations import ClaimRequest, CompletionAck, Initiator, OperationKind, RdmaMetadata
+from schemas.operations import Initiator, OperationKind, ProcessIdentity, RdmaMetadata
 from schemas.subjects import Subject, Subjects
 
-if TYPE_CHECKING:
-    import torch
+LocalData = Any
+"""Local memory of an operation: what `RegisteredMemory.describe` takes."""
 
+T = TypeVar("T")
 M = TypeVar("M", bound=Message)
-_LOG = logging.getLogger(__name__)
 
 
 class Bus:
-    """Made by `Bus.open`. Methods of one event loop; not for use from other threads."""
+    """Made by `Bus.open`, and at home on its event loop. Operations may be created, begun and awaited from any other
+    loop of the process as well; calls and endpoints are for the home loop."""
 
     def __init__(self, config: BusConfig, connection: Connection) -> None:
         self.config = config
         self.subjects = Subjects(config.prefix)
         self.epoch = secrets.token_hex(8)
         """Fresh at each start: what was granted before a restart is refused after it."""
+        self._loop = asyncio.get_running_loop()
         self._connection = connection
         self._inbox = Inbox(connection)
         self._caller = Caller(connection, self._inbox)
         self._endpoints: list[Endpoint] = []
         self._service: Service | None = None
-        self._data_plane: _DataPlane | None = None
+        self._data_plane: DataLane | None = None
 
     @classmethod
     @asynccontextmanager
@@ -130,6 +137,15 @@ class Bus:
         """Publish without an answer: an event."""
         await self._connection.publish(subject, encode(message))
 
+    async def subscribe(self, subject: Subject, message_type: type[M], callback: Callable[[M], Any]) -> None:
+        """Call `callback` with every message of `message_type` on `subject`, one after the other, until the bus closes.
+
+        For one-way messages; what isn't a `message_type` is dropped and logged. A coroutine function is awaited before
+        the next message is taken.
+        """
+        await self._connection.subscribe(subject, typed(message_type, callback))
+        await self._connection.confirm_subscriptions(self.config.connect_timeout_s)
+
     async def serve(self, config: EndpointConfig, handler: Handler) -> None:
         """Serve a subject until the bus closes: `handler` takes the request and returns the reply or yields frames.
 
@@ -167,7 +183,7 @@ class Bus:
 
     @property
     def arena(self) -> TensorArena:
-        """Registered memory: `bus.arena.allocate(shape, dtype)`."""
+        """Registered memory: `bus.arena.allocate(shape, dtype)`, from any thread."""
         return self._lane().arena
 
     @property
@@ -175,61 +191,112 @@ class Bus:
         """The regions that this worker registered, for pools that live on the bus."""
         return self._lane().memory
 
-    def register(self, tensor: "torch.Tensor") -> None:
-        """Register a tensor's memory for the life of the process, so that operations can name it."""
-        self._lane().memory.add(tensor)
+    @property
+    def overrun(self) -> "asyncio.Future[str]":
+        """Resolves when more memory is fenced than allowed: nothing more is granted, and the worker should stop."""
+        return self._lane().grants.overrun
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it is connected and may grant memory."""
+        lane = self._data_plane
+        return self._connection.is_connected and (lane is None or not lane.grants.is_overrun)
+
+    def register(self, data: Any) -> None:
+        """Register memory for the life of the process; what isn't registered is when an operation first uses it.
+
+        Raises `NotContiguous`, `InvalidDescriptor`, `RegistrationError`.
+        """
+        self._lane().memory.add(data)
 
     async def create_readable(
         self,
-        local: "torch.Tensor | Descriptor",
+        local: LocalData,
         *,
         name: str = "nixl",
         lease_s: float | None = None,
         initiator: Initiator | None = None,
+        max_claims: int = 1,
+        checksum: bool | None = None,
     ) -> ReadableOperation:
-        """Let a peer read `local`; publish the operation's `metadata` and await the operation.
+        """Let peers read `local`; send the operation's `metadata` to them in any message, and await the operation.
 
-        `initiator` names who may; without it the first to claim it may. Raises `LocalProtocolError`.
+        `local`: a tensor, an array, a bytes-like, a `Descriptor`, an `ArenaTensor`, or a list of these. `lease_s`: how
+        long the grant lasts (`BusConfig.operation_lease_s`). `initiator`: who may; without it the first `max_claims`
+        workers to claim it. `checksum`: whether the reader proves what it got. `name`: of the wait's span.
+
+        Raises `NotContiguous`, `InvalidDescriptor`, `LocalProtocolError`, `PoolExhausted`. From any event loop.
         """
-        operation = self._grant(OperationKind.READABLE, local, name, lease_s, initiator)
+        terms = self._terms(OperationKind.READABLE, lease_s, checksum, name, initiator, max_claims)
+        operation = await self._at_home(self._grant(local, terms))
         assert isinstance(operation, ReadableOperation)
         return operation
 
     async def create_writable(
         self,
-        local: "torch.Tensor | Descriptor",
+        local: LocalData,
         *,
         name: str = "nixl",
         lease_s: float | None = None,
         initiator: Initiator | None = None,
+        checksum: bool | None = None,
     ) -> WritableOperation:
-        """Let a peer write `local`; publish the operation's `metadata` and await the operation.
+        """Let a peer write `local`; send the operation's `metadata` to it in any message, and await the operation.
 
-        `initiator` names who may; without it the first to claim it may. Raises `LocalProtocolError`.
+        Arguments as for `create_readable`. Raises the same, and `ReadOnlyMemory`. From any event loop.
         """
-        operation = self._grant(OperationKind.WRITABLE, local, name, lease_s, initiator)
+        terms = self._terms(OperationKind.WRITABLE, lease_s, checksum, name, initiator)
+        operation = await self._at_home(self._grant(local, terms))
         assert isinstance(operation, WritableOperation)
         return operation
 
     async def claim(self, metadata: RdmaMetadata) -> Claim:
         """Make a peer's grant ours ahead of the transfer, beside other work; see `claim`."""
-        return await claim(self._lane().lanes, metadata)
+        return await self._at_home(claim(self._lane().lanes, metadata))
 
     def claim_ahead(self, metadata: RdmaMetadata) -> PendingClaim:
         """Claim in the background: `async with bus.claim_ahead(grant) as pending`, then `await pending.granted()`."""
         return PendingClaim(self._lane().lanes, metadata)
 
-    async def begin_read(self, remote: RdmaMetadata | Claim, local: "torch.Tensor | Descriptor") -> ReadOperation:
-        """Read the memory of a peer's `create_readable` into `local`; await the operation. See `initiator.begin`."""
-        operation = await self._begin(OperationKind.READABLE, remote, local)
+    async def begin_read(
+        self, remote: RdmaMetadata | Claim, local: LocalData, *, on_progress: Progress | None = None
+    ) -> ReadOperation:
+        """Read the memory of a peer's `create_readable` into `local`; await the operation.
+
+        `on_progress` is told the bytes that are done, after each chunk of a large transfer. Raises `WrongPairing`,
+        `WrongLength`, `WrongLayout`, `ReadOnlyMemory`, `StaleGrant`, `ForeignGrant`, `LeaseExpired`, `NoResponders`,
+        `AuthenticationError`; nothing was posted then. From any event loop.
+        """
+        operation = await self._at_home(self._begin(OperationKind.READABLE, remote, local, on_progress))
         assert isinstance(operation, ReadOperation)
         return operation
 
-    async def begin_write(self, remote: RdmaMetadata | Claim, local: "torch.Tensor | Descriptor") -> WriteOperation:
-        """Write `local` into the memory of a peer's `create_writable`; await the operation. See `initiator.begin`."""
-        operation = await self._begin(OperationKind.WRITABLE, remote, local)
+    async def begin_write(
+        self, remote: RdmaMetadata | Claim, local: LocalData, *, on_progress: Progress | None = None
+    ) -> WriteOperation:
+        """Write `local` into the memory of a peer's `create_writable`; await the operation. As `begin_read`."""
+        operation = await self._at_home(self._begin(OperationKind.WRITABLE, remote, local, on_progress))
         assert isinstance(operation, WriteOperation)
         return operation
+
+    async def write_to_all(self, remotes: Sequence[RdmaMetadata], local: LocalData) -> list[OperationReport | BusError]:
+        """Write one memory into many targets at once; returns, in their order, the report or the error of each."""
+
+        async def write(remote: RdmaMetadata) -> OperationReport | BusError:
+            try:
+                return await (await self.begin_write(remote, local))
+            except BusError as error:
+                return error
+
+        return list(await asyncio.gather(*(write(remote) for remote in remotes)))
+
+    async def report_reaped(self, worker_id: str, process: ProcessIdentity) -> None:
+        """As a supervisor: tell the bus that a worker's process has ended and was waited for.
+
+        Whoever fenced memory for it frees it. Raises `KeyFileError`.
+        """
+        report = statements.process_reaped(KeyRing.load(self.config.key_file), worker_id, process)
+        await self.publish(self.subjects.event(worker_id, REAPED_EVENT), report)
 
     def stats(self) -> dict[str, int]:
         """Counters of this worker: requests in flight, registrations, grants, transfers."""
@@ -237,25 +304,40 @@ class Bus:
         counters |= {f"nats_{name}": value for name, value in self._connection.statistics().items()}
         return counters | (self._data_plane.stats() if self._data_plane else {})
 
-    def _grant(
+    def _terms(
         self,
         kind: OperationKind,
-        local: "torch.Tensor | Descriptor",
-        name: str,
         lease_s: float | None,
-        named: Initiator | None,
-    ) -> PassiveOperation:
+        checksum: bool | None,
+        name: str,
+        initiator: Initiator | None,
+        max_claims: int = 1,
+    ) -> GrantTerms:
+        deadline = Deadline.after(self.config.operation_lease_s if lease_s is None else lease_s)
+        proved = self.config.checksum if checksum is None else checksum
+        return GrantTerms(kind, deadline, name, initiator, max_claims, proved)
+
+    async def _grant(self, local: LocalData, terms: GrantTerms) -> PassiveOperation:
         lane = self._lane()
-        deadline = Deadline.after(lease_s if lease_s is not None else self.config.operation_lease_s)
-        return lane.grants.create(kind, lane.described(local), deadline, name, named)
+        return await lane.grants.create(lane.memory.describe(local), terms)
 
     async def _begin(
-        self, kind: OperationKind, remote: RdmaMetadata | Claim, local: "torch.Tensor | Descriptor"
-    ) -> initiator.ActiveOperation:
+        self,
+        kind: OperationKind,
+        remote: RdmaMetadata | Claim,
+        local: LocalData,
+        on_progress: Progress | None,
+    ) -> ActiveOperation:
         lane = self._lane()
-        return await initiator.begin(lane.lanes, kind, remote, lane.described(local))
+        return await begin(lane.lanes, kind, remote, lane.memory.describe(local), on_progress)
 
-    def _lane(self) -> "_DataPlane":
+    async def _at_home(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run `work` on the event loop that the bus lives on, whichever loop and thread the caller is on."""
+        if asyncio.get_running_loop() is self._loop:
+            return await work
+        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self._loop))
+
+    def _lane(self) -> DataLane:
         if self._data_plane is None:
             raise LocalProtocolError(
                 "this bus was opened without its data plane",
@@ -264,79 +346,15 @@ class Bus:
         return self._data_plane
 
     async def _open_data_plane(self) -> None:
-        keys = KeyRing.load(self.config.key_file)
-        lane = await _DataPlane.open(self, keys)
+        lane = await DataLane.open(self.config, self.epoch, self.subjects, self._connection, self._caller)
         self._data_plane = lane
-        introduction = exchange.Introduction(self.worker_id, self.epoch, lane.engine.agent, lane.memory, keys)
-        await self._serve_peers(exchange.ENDPOINT, AgentMetadataRequest, introduction.answer)
-        await self._serve_peers(CLAIM_ENDPOINT, ClaimRequest, lane.grants.claim)
-        await self._connection.subscribe(self.subjects.acks(self.worker_id), lane.on_ack)
-
-    async def _serve_peers(self, endpoint: str, request_type: type[Message], handler: Handler) -> None:
-        subject = self.subjects.worker(self.worker_id, endpoint)
-        await self.serve(EndpointConfig(endpoint, subject, request_type, max_queued=4096, traced=False), handler)
+        subject = self.subjects.worker(self.worker_id, exchange.ENDPOINT)
+        endpoint = EndpointConfig(exchange.ENDPOINT, subject, AgentMetadataRequest, max_queued=4096, traced=False)
+        await self.serve(endpoint, lane.answer_introduction)
+        await lane.serve()
 
     async def _close(self, timeout_s: float) -> None:
         await self.drain(timeout_s)
         if self._data_plane:
             await self._data_plane.close(timeout_s)
         await asyncio.gather(*(endpoint.drain(1.0) for endpoint in self._endpoints))
-
-
-class _DataPlane:
-    """What a bus holds of the data plane while it is open."""
-
-    def __init__(
-        self,
-        memory: RegisteredMemory,
-        arena: TensorArena,
-        engine: TransferEngine,
-        grants: Grants,
-        lanes: Lanes,
-    ) -> None:
-        self.memory = memory
-        self.arena = arena
-        self.engine = engine
-        self.grants = grants
-        self.lanes = lanes
-
-    @classmethod
-    async def open(cls, bus: Bus, keys: KeyRing) -> "_DataPlane":
-        config = bus.config
-        agent = await asyncio.to_thread(NixlAgent, f"{bus.worker_id}-{bus.epoch}")
-        memory = RegisteredMemory(agent)
-        arena = memory.add_arena(config.arena_bytes)
-        engine = TransferEngine(agent, chunk_bytes=config.chunk_bytes, inline_bytes=config.inline_bytes)
-        peers = exchange.Peers(bus.worker_id, bus.subjects, bus._caller, engine, keys, config.handshake_timeout_s)
-        identity = Initiator(worker_id=bus.worker_id, epoch=bus.epoch)
-        lanes = Lanes(identity, bus.subjects, bus._connection, bus._caller, peers, memory, engine, Conclusions())
-        return cls(memory, arena, engine, Grants(bus.worker_id, bus.epoch), lanes)
-
-    def described(self, local: "torch.Tensor | Descriptor") -> Descriptor:
-        return local if isinstance(local, Descriptor) else self.memory.describe(local)
-
-    async def on_ack(self, message: Msg) -> None:
-        try:
-            ack = decode(message.data, CompletionAck)
-        except MessageError as error:
-            raise RemoteProtocolError(f"not an ack: {error}", subject=message.subject) from None
-        self.grants.acknowledge(ack, message.headers)
-
-    def stats(self) -> dict[str, int]:
-        return {
-            "arena_used_bytes": self.arena.arena.used_bytes,
-            "arena_capacity_bytes": self.arena.arena.capacity_bytes,
-            "registrations": self.memory.num_registrations,
-            "handshakes": self.lanes.peers.num_handshakes,
-            "grants_open": self.grants.num_open,
-            "grants_quarantined": self.grants.num_quarantined,
-            "acks_dropped": self.grants.num_dropped_acks,
-            "operations_under_way": self.lanes.conclusions.num_open,
-            "transfers_posted_inline": self.engine.num_posted_inline,
-            "transfers_posted_by_thread": self.engine.num_posted_by_thread,
-        }
-
-    async def close(self, timeout_s: float) -> None:
-        self.grants.cancel_all()
-        await self.lanes.conclusions.close(timeout_s)
-        await self.engine.close(timeout_s)

@@ -44,8 +44,16 @@ class BusConfig(msgspec.Struct, frozen=True, kw_only=True):
     """NIXLBUS_OPERATION_LEASE_S: how long a grant lasts where no deadline is nearer."""
     chunk_bytes: int = 8 << 20
     """NIXLBUS_CHUNK_MB: largest piece posted at once; a post can block for the whole copy (8 MiB: 2 to 4 ms)."""
-    inline_bytes: int = 256 << 10
+    inline_bytes: int = 1 << 20
     """NIXLBUS_INLINE_KB: up to this a transfer is posted on the event loop: cheaper than two thread hand-overs."""
+    max_foreign_registrations: int = 256
+    """NIXLBUS_MAX_FOREIGN_REGISTRATIONS: memory outside the arena that is registered at one time."""
+    quarantine_bytes: int = 0
+    """NIXLBUS_QUARANTINE_MB: memory fenced for peers that may still write; above it it stops (0: half the arena)"""
+    quarantine_operations: int = 1024
+    """NIXLBUS_QUARANTINE_OPERATIONS: the same, in operations."""
+    checksum: bool = False
+    """NIXLBUS_CHECKSUM: whether operations prove their bytes where their caller doesn't say; two passes over them."""
 
     def __post_init__(self) -> None:
         identifier("NIXLBUS_WORKER_ID", self.worker_id)
@@ -56,6 +64,11 @@ class BusConfig(msgspec.Struct, frozen=True, kw_only=True):
         for name in ("arena_bytes", "chunk_bytes", "inline_bytes"):
             if getattr(self, name) < 4096:
                 raise ConfigError(_VARIABLES[name], getattr(self, name), "at least 4096 bytes")
+        for name in ("max_foreign_registrations", "quarantine_operations"):
+            if getattr(self, name) < 1:
+                raise ConfigError(_VARIABLES[name], getattr(self, name), "a number above 0")
+        if self.quarantine_bytes < 0:
+            raise ConfigError(_VARIABLES["quarantine_bytes"], self.quarantine_bytes, "a number of mebibytes")
 
     @classmethod
     def from_env(cls, role: str, environ: Mapping[str, str] = os.environ, **overrides: Any) -> "BusConfig":
@@ -85,6 +98,12 @@ def _kibibytes(text: str) -> int:
     return int(float(text) * (1 << 10))
 
 
+def _switch(text: str) -> bool:
+    if text not in ("0", "1"):
+        raise ValueError(text)
+    return text == "1"
+
+
 _READERS: dict[str, tuple[str, Callable[[str], Any], str]] = {
     "worker_id": ("NIXLBUS_WORKER_ID", _text, "an identifier"),
     "nats_url": ("NIXLBUS_NATS_URL", _text, "a URL"),
@@ -96,5 +115,9 @@ _READERS: dict[str, tuple[str, Callable[[str], Any], str]] = {
     "operation_lease_s": ("NIXLBUS_OPERATION_LEASE_S", float, "a number of seconds"),
     "chunk_bytes": ("NIXLBUS_CHUNK_MB", _mebibytes, "a number of mebibytes"),
     "inline_bytes": ("NIXLBUS_INLINE_KB", _kibibytes, "a number of kibibytes"),
+    "max_foreign_registrations": ("NIXLBUS_MAX_FOREIGN_REGISTRATIONS", int, "a number"),
+    "quarantine_bytes": ("NIXLBUS_QUARANTINE_MB", _mebibytes, "a number of mebibytes"),
+    "quarantine_operations": ("NIXLBUS_QUARANTINE_OPERATIONS", int, "a number"),
+    "checksum": ("NIXLBUS_CHECKSUM", _switch, "0 or 1"),
 }
 _VARIABLES = {field: variable for field, (variable, _, _) in _READERS.items()}

@@ -8,11 +8,10 @@ import contextlib
 import time
 from collections.abc import Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True, slots=True)
-class Deadline:
+class Deadline(NamedTuple):
     """When to stop waiting, on the clock of `time.monotonic`, in seconds."""
 
     at_s: float
@@ -20,7 +19,12 @@ class Deadline:
     @classmethod
     def after(cls, duration_s: float) -> "Deadline":
         """The deadline `duration_s` from now, or the current task's, whichever is sooner."""
-        own = cls(time.monotonic() + duration_s)
+        return cls.at(time.monotonic() + duration_s)
+
+    @classmethod
+    def at(cls, at_s: float) -> "Deadline":
+        """The deadline at a time of `time.monotonic`, or the current task's, whichever is sooner."""
+        own = cls(at_s)
         outer = _current.get()
         return outer if outer is not None and outer.at_s < own.at_s else own
 

@@ -62,6 +62,36 @@ class LocalProtocolError(BusError):
     code = FaultCode.UNSUPPORTED
 
 
+class WrongPairing(LocalProtocolError):
+    """A read of a writable grant, or a write of a readable one."""
+
+    default_remedy = "begin_read takes the metadata of create_readable, begin_write that of create_writable"
+
+
+class WrongLength(LocalProtocolError):
+    """The two sides of an operation don't hold the same number of bytes."""
+
+
+class WrongLayout(LocalProtocolError):
+    """The two sides of an operation say different dtypes or shapes."""
+
+    default_remedy = "give both sides the same dtype and shape, or view one of them as bytes (torch.uint8, 1-D)"
+
+
+class InvalidDescriptor(LocalProtocolError):
+    """Something that can't be described as memory."""
+
+
+class NotContiguous(InvalidDescriptor):
+    """Memory with gaps or in another order; it is never copied silently."""
+
+
+class ReadOnlyMemory(LocalProtocolError):
+    """Memory that may not be written, as the target of a transfer."""
+
+    default_remedy = "pass a bytearray or a writable array"
+
+
 class RemoteProtocolError(BusError):
     """A peer sent what the protocol doesn't allow."""
 
@@ -170,6 +200,22 @@ class StaleGrant(DataPlaneError):
 
     code = FaultCode.STALE_GRANT
     default_remedy = "ask the target for a new grant"
+
+
+class ForeignGrant(StaleGrant):
+    """A grant that names another initiator, or this worker in another epoch."""
+
+
+class LeaseExpired(StaleGrant):
+    """A grant whose lease is over, or so near its end that nothing may be posted any more."""
+
+
+class ChecksumMismatch(TransferError):
+    """The bytes that arrived are not those that were sent; they are not to be used."""
+
+
+class IncompleteOperation(DataPlaneError):
+    """Some of the peers of a one-to-many operation did not complete it. `outcomes` of the operation tells which."""
 
 
 class PoolExhausted(DataPlaneError):

@@ -78,6 +78,9 @@ def start_span(
     parent: SpanContext | Span | None = None,
 ) -> Span:
     """Return a span that begins now and is *not* the current one. The caller must `end()` it."""
+    if _tracer is None and parent is None:
+        current = trace.get_current_span()
+        return NO_SPAN if current is trace.INVALID_SPAN else _passing_through(current.get_span_context())
     return _start(name, kind, attributes, links, parent)[0]
 
 

@@ -1,9 +1,11 @@
 """The paired operation on the wire: a grant of memory, its claim, and the one ack that ends it.
 
 Addresses never travel here. Memory is named as region, generation and offsets; the peer looks the region up in the
-authenticated description that the handshake gave it, and checks every bound.
+authenticated description that the handshake gave it, and checks every bound. Claims, status queries and acks go only
+between workers that have shaken hands, so they carry no protocol header: the handshake's messages did.
 """
 
+import time
 from enum import StrEnum
 from typing import Annotated
 
@@ -17,9 +19,14 @@ Positive = Annotated[int, Meta(ge=1, le=2**63 - 1)]
 OperationId = Annotated[str, Meta(pattern="^[0-9a-f]{16,64}$")]
 WorkerId = Annotated[str, Meta(pattern="^[A-Za-z0-9_-]{1,64}$")]
 Token = Annotated[bytes, Meta(min_length=16, max_length=16)]
+Checksum = Annotated[bytes, Meta(min_length=16, max_length=16)]
+"""XXH3 with 128 bits over the operation's bytes in their order, canonical (big-endian) form."""
 
 MAX_RUNS = 65_536
 """Runs in one grant: a block list longer than this wants more than one operation."""
+
+MAX_CLAIMS = 1024
+"""Peers that may act on one grant."""
 
 
 class OperationKind(StrEnum):
@@ -62,7 +69,7 @@ class MemoryExtent(Part, frozen=True, kw_only=True):
     @property
     def num_bytes(self) -> int:
         """Bytes that the extent holds."""
-        return self.count * sum(run.length_bytes for run in self.runs)
+        return self.count * sum([run.length_bytes for run in self.runs])
 
 
 class Initiator(Part, frozen=True, kw_only=True):
@@ -72,7 +79,25 @@ class Initiator(Part, frozen=True, kw_only=True):
     epoch: str
 
 
-class RdmaMetadata(Message, frozen=True, kw_only=True, tag="operation.grant"):
+class TensorLayout(Part, frozen=True, kw_only=True):
+    """What the bytes are, where their owner says: held against the other side's before anything is posted."""
+
+    dtype: str
+    """torch's name without its prefix: float32, bfloat16, uint8."""
+    shape: Annotated[list[Count], Meta(max_length=16)]
+
+
+class ProcessIdentity(Part, frozen=True, kw_only=True):
+    """A process that can't be mistaken for another: a pid alone is used again."""
+
+    boot_id: Annotated[str, Meta(max_length=64)]
+    pid_namespace: Annotated[str, Meta(max_length=64)]
+    pid: Positive
+    start_ticks: Count
+    """Field 22 of /proc/<pid>/stat: clock ticks from the boot to the process's start."""
+
+
+class RdmaMetadata(Message, frozen=True, kw_only=True, dict=True, tag="operation.grant"):
     """A grant: what a target publishes so that an initiator can read or write its memory.
 
     Open (no `initiator`, no `token`): it must be claimed before the post. Named: only that initiator may act, with
@@ -88,11 +113,27 @@ class RdmaMetadata(Message, frozen=True, kw_only=True, tag="operation.grant"):
     """How long the grant lasts from its receipt, in milliseconds: a duration, never a clock reading."""
     initiator: Initiator | None = None
     token: Token | None = None
+    layout: TensorLayout | None = None
+    max_claims: Annotated[int, Meta(ge=1, le=MAX_CLAIMS)] = 1
+    """How many initiators may act on it, each once; more than one is for readable memory."""
+    checksummed: bool = False
+    """Whether the ack must prove the bytes."""
+    checksum: Checksum | None = None
+    """Of readable memory whose reader is to prove what it got."""
+
+    def __post_init__(self) -> None:
+        self.__dict__["received_at_s"] = time.monotonic()
+
+    @property
+    def received_at_s(self) -> float:
+        """When this process made or decoded it, by its own monotonic clock: where the lease begins. Not on the wire."""
+        at_s: float = self.__dict__["received_at_s"]
+        return at_s
 
     @property
     def num_bytes(self) -> int:
         """Bytes that the operation moves."""
-        return sum(extent.num_bytes for extent in self.memory)
+        return sum([extent.num_bytes for extent in self.memory])
 
 
 class ClaimRequest(Message, frozen=True, kw_only=True, tag="operation.claim"):
@@ -122,3 +163,57 @@ class CompletionAck(Message, frozen=True, kw_only=True, tag="operation.ack"):
     num_bytes: Count = 0
     """Bytes that NIXL's telemetry counted for the transfer."""
     fault: Fault | None = None
+    checksum: Checksum | None = None
+    """Of the bytes as their source held them after the transfer; for a grant that asks for it."""
+
+
+class OperationState(StrEnum):
+    """What an initiator says of an operation that a target asks about."""
+
+    UNDER_WAY = "under_way"
+    CONCLUDED = "concluded"
+    REFUSED = "refused"
+    UNKNOWN = "unknown"
+
+
+class OperationStatusRequest(Message, frozen=True, kw_only=True, tag="operation.status"):
+    """ "What became of it?": a target asks the initiator of a grant whose ack is late.
+
+    It also revokes: an initiator that has not seen the operation will refuse it from then on.
+    """
+
+    operation_id: OperationId
+    worker_id: WorkerId
+    """The target that asks."""
+    epoch: str
+    """Of the target."""
+    initiator: Initiator
+
+
+class OperationStatusReply(Message, frozen=True, kw_only=True, tag="operation.status_reply"):
+    """The initiator's answer. REFUSED: nothing was posted and nothing will be. UNKNOWN proves nothing."""
+
+    operation_id: OperationId
+    initiator: Initiator
+    """Who answers; another epoch than the one asked about can say nothing of it."""
+    state: OperationState
+    ack: CompletionAck | None = None
+    """Once more, of a concluded operation."""
+
+
+class EpochDrained(Message, frozen=True, kw_only=True, tag="operation.epoch_drained"):
+    """A worker's last word: nothing that this epoch posted is under way, and nothing more will be posted."""
+
+    worker_id: WorkerId
+    epoch: str
+    key_id: str
+    mac: Annotated[bytes, Meta(min_length=32, max_length=32)]
+
+
+class ProcessReaped(Message, frozen=True, kw_only=True, tag="operation.process_reaped"):
+    """A supervisor's report that it has reaped a worker's process."""
+
+    worker_id: WorkerId
+    process: ProcessIdentity
+    key_id: str
+    mac: Annotated[bytes, Meta(min_length=32, max_length=32)]

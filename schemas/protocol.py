@@ -3,12 +3,12 @@
 When to raise `PROTOCOL_VERSION`: a field that a peer of the version before would need and can't miss, a changed
 meaning, a removed message. Not for a new optional field (unknown fields are ignored) or a new message type.
 
-History: 1 (0.1.0), the first.
+History: 1 (0.1.0), the first. 2: the handshake's question is signed too, and names the requester's process.
 """
 
 from collections.abc import Mapping
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 PROTOCOL_HEADER = "Nixlbus-Protocol"
 TTL_HEADER = "Nixlbus-Ttl-Ms"

@@ -65,9 +65,14 @@ class Subjects:
         return self._subject(f"ack.{identifier('worker id', target_worker_id)}.*", "ack.{worker_id}")
 
     def event(self, worker_id: str, kind: str) -> Subject:
-        """A worker's lifecycle event (joined, ready, draining, left): a hint, never a proof."""
+        """A worker's lifecycle event (joined, ready, draining, left, drained, reaped): a hint, unless it is signed."""
         event = identifier("event", kind)
         return self._subject(f"event.{identifier('worker id', worker_id)}.{event}", f"event.{{worker_id}}.{event}")
+
+    def events(self, kind: str) -> Subject:
+        """The events of one kind, of all workers."""
+        event = identifier("event", kind)
+        return self._subject(f"event.*.{event}", f"event.{{worker_id}}.{event}")
 
     def _subject(self, name: str, template: str) -> Subject:
         return Subject(f"{self.prefix}.{SUBJECT_VERSION}.{name}", template)

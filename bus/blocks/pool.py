@@ -11,7 +11,7 @@ from heapq import heapify, heappop, heappush
 from typing import TYPE_CHECKING
 
 from bus.data_plane.arena import MemoryLease
-from bus.data_plane.memory import Descriptor, RegisteredMemory
+from bus.data_plane.memory import LocalMemory, RegisteredMemory
 from bus.errors import PoolExhausted
 from schemas.operations import MemoryExtent, Run
 
@@ -52,7 +52,7 @@ class KvBlocks(MemoryLease):
         self._pool = pool
 
     @property
-    def descriptor(self) -> Descriptor:
+    def descriptor(self) -> LocalMemory:
         """Exactly the tokens' bytes, layer by layer, keys before values, token by token."""
         layout = self._pool.layout
         runs = block_runs(self.block_ids, layout.block_tokens, self.num_tokens)
@@ -66,7 +66,7 @@ class KvBlocks(MemoryLease):
             count=layout.num_layers * 2,
             stride_bytes=layout.num_blocks * layout.block_tokens * layout.token_bytes,
         )
-        return Descriptor([extent], self, self._pool.storage)
+        return LocalMemory([extent], extent.num_bytes, self, self._pool.storage)
 
     def gather(self) -> "torch.Tensor":
         """A copy of the tokens' keys and values, [layers, 2, tokens, kv_heads, head_dim]."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from bus.control_plane.connection import Connection, Msg
-from bus.control_plane.inbox import Inbox, Waiter
+from bus.control_plane.inbox import Inbox
 from bus.deadline import Deadline
 from bus.errors import RemoteFault, RemoteProtocolError
 from observability import semantic_conventions as names
@@ -63,12 +63,40 @@ class Caller:
         meter: CallMeter | None = None,
     ) -> M:
         """Send `message` and return the one reply. The module says what it raises."""
-        frames = self._exchange(subject, message, reply_type, timeout_s, traced, meter or CallMeter())
-        async with aclosing(frames):
-            async for reply in frames:
-                assert isinstance(reply, reply_type)
-                return reply
-        raise RemoteProtocolError("the exchange ended without a reply", subject=subject.name)
+        deadline = Deadline.after(timeout_s)
+        started_s = time.perf_counter()
+        payload = encode(message)
+        send = _send_span(subject, len(payload), None) if traced else None
+        try:
+            headers = request_headers(deadline, send)
+            reply = await self._inbox.single(
+                subject,
+                deadline,
+                lambda inbox: self._connection.publish_now(subject, payload, reply=inbox, headers=headers),
+            )
+            if meter is not None:
+                meter.sent_bytes, meter.received_bytes = len(payload), len(reply.data)
+                meter.elapsed_ms = (time.perf_counter() - started_s) * 1e3
+            answer: M = _decoded(reply, reply_type, subject)
+            return answer
+        except BaseException as error:
+            if send:
+                send.fail(error)
+            raise
+        finally:
+            if send:
+                send.end()
+
+    async def ask_peer(self, subject: Subject, message: Message, reply_type: type[M], *, timeout_s: float) -> M:
+        """A small question inside an operation, to a worker that has shaken hands: no headers, no span."""
+        payload = encode(message)
+        reply = await self._inbox.single(
+            subject,
+            Deadline.after(timeout_s),
+            lambda inbox: self._connection.publish_now(subject, payload, reply=inbox),
+        )
+        answer: M = _decoded(reply, reply_type, subject)
+        return answer
 
     async def stream(
         self,
@@ -86,7 +114,7 @@ class Caller:
         `timeout_s` bounds the whole stream; `parent` is the send span's, where it isn't the current one. A gap in
         the numbers is a `RemoteProtocolError`: no frame is lost silently.
         """
-        frames = self._exchange(subject, message, frame_type | last_type, timeout_s, True, meter or CallMeter(), parent)
+        frames = self._frames(subject, message, frame_type | last_type, timeout_s, meter or CallMeter(), parent)
         expected = 0
         async with aclosing(frames):
             async for frame in frames:
@@ -100,38 +128,36 @@ class Caller:
                 if isinstance(frame, last_type):
                     return
 
-    async def _exchange(
+    async def _frames(
         self,
         subject: Subject,
         message: Message,
-        reply_type: Any,
+        frame_type: Any,
         timeout_s: float,
-        traced: bool,
         meter: CallMeter,
-        parent: Span | None = None,
+        parent: Span | None,
     ) -> AsyncGenerator[Any, None]:
         deadline = Deadline.after(timeout_s)
         started = time.perf_counter()
         payload = encode(message)
-        send = _send_span(subject, len(payload), parent) if traced else None
+        send = _send_span(subject, len(payload), parent)
         try:
             async with self._inbox.waiting(subject) as (reply_subject, waiter):
                 headers = request_headers(deadline, send)
                 await self._connection.publish(subject, payload, reply=reply_subject, headers=headers)
                 meter.sent_bytes = len(payload)
                 while True:
-                    reply = await _next(waiter, deadline, reply_type, subject, meter)
+                    reply = await waiter.next(deadline)
+                    meter.received_bytes += len(reply.data)
                     meter.elapsed_ms = (time.perf_counter() - started) * 1e3
-                    yield reply
+                    yield _decoded(reply, frame_type, subject)
         except GeneratorExit:
             raise
         except BaseException as error:
-            if send:
-                send.fail(error)
+            send.fail(error)
             raise
         finally:
-            if send:
-                send.end()
+            send.end()
 
 
 def request_headers(deadline: Deadline, span: Span | None) -> dict[str, str]:
@@ -156,12 +182,6 @@ def _send_span(subject: Subject, num_bytes: int, parent: Span | None) -> Span:
             names.MESSAGING_MESSAGE_BODY_SIZE: num_bytes,
         },
     )
-
-
-async def _next(waiter: Waiter, deadline: Deadline, reply_type: Any, subject: Subject, meter: CallMeter) -> Any:
-    message = await waiter.next(deadline)
-    meter.received_bytes += len(message.data)
-    return _decoded(message, reply_type, subject)
 
 
 def _decoded(message: Msg, reply_type: Any, subject: Subject) -> Any:

@@ -7,7 +7,7 @@ request() would time out); a token is used once and forgotten when its waiter le
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from bus.control_plane.connection import Connection, Msg
@@ -19,7 +19,40 @@ MAX_UNREAD_REPLIES = 65_536
 """Replies that wait unread before the waiter is failed: tokens of a stream whose consumer stopped reading."""
 
 
-class Waiter:
+class SingleWaiter:
+    """One request's only reply: await `reply`."""
+
+    __slots__ = ("_timer", "reply", "reply_subject", "subject")
+
+    def __init__(self, subject: str, reply_subject: str, deadline: Deadline) -> None:
+        loop = asyncio.get_running_loop()
+        self.subject = subject
+        self.reply_subject = reply_subject
+        self.reply: asyncio.Future[Msg] = loop.create_future()
+        self._timer = loop.call_later(deadline.remaining_s, self._expire)
+
+    def take(self, message: Msg) -> None:
+        """Resolve `reply`."""
+        if is_no_responders(message):
+            self.fail(NoResponders("nobody listens", subject=self.subject))
+        elif not self.reply.done():
+            self.reply.set_result(message)
+
+    def fail(self, error: BusError) -> None:
+        """Make `reply` raise `error`."""
+        if not self.reply.done():
+            self.reply.set_exception(error)
+
+    def close(self) -> None:
+        """Wait no longer."""
+        self._timer.cancel()
+        self.reply.cancel()
+
+    def _expire(self) -> None:
+        self.fail(DeadlineExceeded("no reply within the deadline", subject=self.subject))
+
+
+class StreamWaiter:
     """One request's replies, in order of arrival."""
 
     def __init__(self, subject: str) -> None:
@@ -62,7 +95,7 @@ class Inbox:
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._prefix = f"{connection.inbox_prefix}.{secrets.token_hex(6)}"
-        self._waiters: dict[str, Waiter] = {}
+        self._waiters: dict[str, SingleWaiter | StreamWaiter] = {}
         self._serial = 0
         connection.on_loss(self._on_loss)
 
@@ -75,18 +108,35 @@ class Inbox:
         """Requests in flight."""
         return len(self._waiters)
 
+    async def single(self, subject: Subject, deadline: Deadline, send: Callable[[str], None]) -> Msg:
+        """The reply to the one request that `send` publishes with the reply subject that it is given.
+
+        Raises `ConnectionLost` when not connected, `DeadlineExceeded`, `NoResponders`, and what `send` raises.
+        """
+        token = self._new_token(subject)
+        waiter = self._waiters[token] = SingleWaiter(subject.name, f"{self._prefix}.{token}", deadline)
+        try:
+            send(waiter.reply_subject)
+            return await waiter.reply
+        finally:
+            waiter.close()
+            del self._waiters[token]
+
     @asynccontextmanager
-    async def waiting(self, subject: Subject | str) -> AsyncIterator[tuple[str, Waiter]]:
+    async def waiting(self, subject: Subject | str) -> AsyncIterator[tuple[str, StreamWaiter]]:
         """A reply subject for one request to `subject`, and its waiter. Raises `ConnectionLost` when not connected."""
-        if not self._connection.is_connected:
-            raise ConnectionLost("not connected to NATS right now", subject=str(subject))
-        self._serial += 1
-        token = f"{self._serial:x}"
-        waiter = self._waiters[token] = Waiter(str(subject))
+        token = self._new_token(subject)
+        waiter = self._waiters[token] = StreamWaiter(str(subject))
         try:
             yield f"{self._prefix}.{token}", waiter
         finally:
             del self._waiters[token]
+
+    def _new_token(self, subject: Subject | str) -> str:
+        if not self._connection.is_connected:
+            raise ConnectionLost("not connected to NATS right now", subject=str(subject))
+        self._serial += 1
+        return f"{self._serial:x}"
 
     async def _on_reply(self, message: Msg) -> None:
         waiter = self._waiters.get(message.subject.rpartition(".")[2])

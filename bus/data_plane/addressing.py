@@ -5,10 +5,11 @@ a remote side whose pieces needn't be cut alike. Pure integers: no memory is tou
 sent is trusted: a range outside its region is an error before anything is posted.
 """
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from bus.errors import BusError, LocalProtocolError, RemoteProtocolError
+from bus.errors import BusError, LocalProtocolError, RemoteProtocolError, WrongLength
 from schemas.handshake import Region
 from schemas.operations import MemoryExtent, Run
 
@@ -47,13 +48,13 @@ def resolve(extents: Sequence[MemoryExtent], regions: Mapping[int, Region], *, p
     Raises `RemoteProtocolError` for a peer's extents, `LocalProtocolError` for our own (`peer` empty): an unknown
     region, a range outside its region, a repetition that overlaps itself, too many ranges.
     """
+    if len(extents) == 1 and extents[0].count == 1 and len(extents[0].runs) == 1:
+        return [_single(extents[0], regions, peer)]
     if sum(extent.count * len(extent.runs) for extent in extents) > MAX_RANGES:
         raise _violation(f"an operation of more than {MAX_RANGES} address ranges", peer)
     ranges: list[AddressRange] = []
     for extent in extents:
-        region = regions.get(extent.region)
-        if region is None:
-            raise _violation(f"region {extent.region} is not registered", peer)
+        region = _region(extent, regions, peer)
         _check_bounds(extent, region, peer)
         ranges.extend(_expand(extent, region))
     return ranges
@@ -62,38 +63,63 @@ def resolve(extents: Sequence[MemoryExtent], regions: Mapping[int, Region], *, p
 def pair(local: Sequence[AddressRange], remote: Sequence[AddressRange]) -> list[CopyPair]:
     """Cut both sides at the union of their boundaries and merge neighbours that continue each other.
 
-    Raises `LocalProtocolError` if the two sides don't hold the same number of bytes.
+    Raises `WrongLength` if the two sides don't hold the same number of bytes.
     """
+    if len(local) == len(remote) == 1 and local[0].length_bytes == remote[0].length_bytes:
+        here, there = local[0], remote[0]
+        return [CopyPair(here.address, there.address, here.length_bytes, here.device_id, there.device_id)]
     local_bytes, remote_bytes = total_bytes(local), total_bytes(remote)
     if local_bytes != remote_bytes:
-        raise LocalProtocolError(
+        raise WrongLength(
             f"the local memory holds {local_bytes:,} bytes and the grant {remote_bytes:,}",
             num_bytes=local_bytes,
         )
     return list(_merged(_cut(local, remote)))
 
 
-def chunks(pairs: Iterable[CopyPair], chunk_bytes: int) -> Iterator[list[CopyPair]]:
-    """Group `pairs` into posts of at most `chunk_bytes`, splitting long ones."""
-    chunk: list[CopyPair] = []
-    room = chunk_bytes
-    for whole in pairs:
-        rest = whole
-        while rest.length_bytes > room:
-            if room:
-                chunk.append(rest._replace(length_bytes=room))
-            yield chunk
-            rest = _advance(rest, room)
-            chunk, room = [], chunk_bytes
-        chunk.append(rest)
-        room -= rest.length_bytes
-    if chunk:
-        yield chunk
+class Cutter:
+    """Takes pieces of a chosen size off the front of a list of pairs."""
+
+    def __init__(self, pairs: Sequence[CopyPair]) -> None:
+        self._rest = deque(pairs)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether everything was taken."""
+        return not self._rest
+
+    def take(self, room: int) -> list[CopyPair]:
+        """The next pairs, of at most `room` bytes together; the last of them is cut to fit."""
+        chunk: list[CopyPair] = []
+        while self._rest and room > 0:
+            whole = self._rest.popleft()
+            if whole.length_bytes > room:
+                chunk.append(whole._replace(length_bytes=room))
+                self._rest.appendleft(_advance(whole, room))
+                return chunk
+            chunk.append(whole)
+            room -= whole.length_bytes
+        return chunk
 
 
 def total_bytes(ranges: Iterable[AddressRange]) -> int:
     """Bytes that the ranges hold together."""
     return sum(part.length_bytes for part in ranges)
+
+
+def _region(extent: MemoryExtent, regions: Mapping[int, Region], peer: str) -> Region:
+    region = regions.get(extent.region)
+    if region is None:
+        raise _violation(f"region {extent.region}, which is not registered", peer)
+    return region
+
+
+def _single(extent: MemoryExtent, regions: Mapping[int, Region], peer: str) -> AddressRange:
+    """What most operations are: one run. The same checks, without loops."""
+    region, run = _region(extent, regions, peer), extent.runs[0]
+    if run.offset_bytes + run.length_bytes > region.length_bytes:
+        _check_bounds(extent, region, peer)
+    return AddressRange(region.address + run.offset_bytes, run.length_bytes, region.device_id)
 
 
 def _check_bounds(extent: MemoryExtent, region: Region, peer: str) -> None:

@@ -8,12 +8,11 @@ Leaves out: when to post and who waits (`transfer`).
 """
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from typing import Any, NamedTuple
 
-from bus.data_plane.addressing import CopyPair
+from bus.data_plane.addressing import AddressRange, CopyPair
 from bus.errors import DataPlaneError, PeerLost, RegistrationError, TransferError
 
 PROGRESS_POLL_TIMEOUT_US = 100_000
@@ -51,79 +50,117 @@ class NixlAgent:
         self.name = name
         self.backend = backend
         self._nixl = _bindings()
+        self._failures = tuple(getattr(self._nixl, name) for name in _ERRORS)
         self._agent = self._new_agent(name)
         self._backend_handle = self._new_backend(backend)
+        self._segments = {"DRAM": self._nixl.DRAM_SEG, "VRAM": self._nixl.VRAM_SEG}
+        self._read, self._write = self._nixl.NIXL_READ, self._nixl.NIXL_WRITE
+        self._success, self._in_progress = self._nixl.NIXL_SUCCESS, self._nixl.NIXL_IN_PROG
+        self._new_list = self._nixl.nixlXferDList
+        self._backends = [self._backend_handle]
 
     def metadata(self) -> bytes:
         """What a peer needs to reach this agent and its registered memory. A capability: never logged."""
         return bytes(self._agent.getLocalMD())
 
+    def partial_metadata(self, memory_type: str, ranges: Sequence[AddressRange]) -> bytes:
+        """The same for some registered ranges only: for a peer that knows the agent already."""
+        registered = [(part.address, part.length_bytes, part.device_id, "") for part in ranges]
+        descriptors = self._nixl.nixlRegDList(self._segments[memory_type], registered)
+        try:
+            return bytes(self._agent.getLocalPartialMD(descriptors, True, self._backends))
+        except self._failures as error:
+            raise self._mapped(error, RegistrationError, "NIXL could not describe the registered memory") from None
+
     def register(self, address: int, length_bytes: int, memory_type: str, device_id: int) -> object:
         """Register memory; the returned token deregisters it. Raises `RegistrationError`."""
-        descriptors = self._nixl.nixlRegDList(self._memory(memory_type), [(address, length_bytes, device_id, "")])
-        with self._mapped(RegistrationError, f"could not register {length_bytes:,} bytes of {memory_type}"):
-            self._agent.registerMem(descriptors, [self._backend_handle])
+        descriptors = self._nixl.nixlRegDList(self._segments[memory_type], [(address, length_bytes, device_id, "")])
+        try:
+            self._agent.registerMem(descriptors, self._backends)
+        except self._failures as error:
+            raise self._mapped(
+                error, RegistrationError, f"could not register {length_bytes:,} bytes of {memory_type}"
+            ) from None
         return descriptors
 
     def deregister(self, token: object) -> None:
         """Forget registered memory. No fence: a peer's transfer under way still lands."""
-        with self._mapped(RegistrationError, "could not deregister memory"):
-            self._agent.deregisterMem(token, [self._backend_handle])
+        try:
+            self._agent.deregisterMem(token, self._backends)
+        except self._failures as error:
+            raise self._mapped(error, RegistrationError, "could not deregister memory") from None
 
     def load_peer(self, metadata: bytes) -> str:
         """Make a peer known; returns its agent name. Only for metadata whose authenticity was proved."""
-        with self._mapped(PeerLost, "NIXL refused the peer's agent metadata"):
+        try:
             return bytes(self._agent.loadRemoteMD(metadata)).decode()
+        except self._failures as error:
+            raise self._mapped(error, PeerLost, "NIXL refused the peer's agent metadata") from None
 
     def create_transfer(
         self,
         direction: TransferDirection,
         pairs: Sequence[CopyPair],
         peer: str,
-        local_type: str = "DRAM",
-        remote_type: str = "DRAM",
+        memory_types: tuple[str, str] = ("DRAM", "DRAM"),
+        notification: str = "",
     ) -> int:
-        """A transfer handle, not yet posted. Raises `TransferError` or `PeerLost`."""
+        """A transfer handle, not yet posted. Raises `TransferError` or `PeerLost`.
+
+        `memory_types` are the local side's and the remote one's; `notification` is sent to the peer with DONE.
+        """
         local = [(pair.local_address, pair.length_bytes, pair.local_device_id) for pair in pairs]
         remote = [(pair.remote_address, pair.length_bytes, pair.remote_device_id) for pair in pairs]
-        operation = self._nixl.NIXL_READ if direction is TransferDirection.READ else self._nixl.NIXL_WRITE
-        with self._mapped(TransferError, "NIXL refused the transfer", peer):
-            return int(
-                self._agent.createXferReq(
-                    operation,
-                    self._nixl.nixlXferDList(self._memory(local_type), local),
-                    self._nixl.nixlXferDList(self._memory(remote_type), remote),
-                    peer,
-                    "",
-                    [self._backend_handle],
-                )
+        local_type, remote_type = memory_types
+        try:
+            handle: int = self._agent.createXferReq(
+                self._read if direction is TransferDirection.READ else self._write,
+                self._new_list(self._segments[local_type], local),
+                self._new_list(self._segments[remote_type], remote),
+                peer,
+                notification,
+                self._backends,
             )
+        except self._failures as error:
+            raise self._mapped(error, TransferError, "NIXL refused the transfer", peer) from None
+        return handle
 
     def post(self, handle: int) -> TransferState:
         """Start the transfer. May block for the whole copy."""
-        with self._mapped(TransferError, "the transfer failed when it was posted"):
+        try:
             return self._state(self._agent.postXferReq(handle, ""))
+        except self._failures as error:
+            raise self._mapped(error, TransferError, "the transfer failed when it was posted") from None
 
     def check(self, handle: int) -> TransferState:
         """The transfer's state. Raises `TransferError` or `PeerLost` once it has failed."""
-        with self._mapped(TransferError, "the transfer failed"):
+        try:
             return self._state(self._agent.getXferStatus(handle))
+        except self._failures as error:
+            raise self._mapped(error, TransferError, "the transfer failed") from None
 
     def telemetry(self, handle: int) -> TransferTelemetry:
         """NIXL's figures for a transfer that is done."""
-        with self._mapped(TransferError, "NIXL has no telemetry for the transfer"):
+        try:
             measured = self._agent.getXferTelemetry(handle)
-        return TransferTelemetry(
-            int(measured.totalBytes),
-            int(measured.descCount),
-            _microseconds(measured.postDuration),
-            _microseconds(measured.xferDuration),
-        )
+        except self._failures as error:
+            raise self._mapped(error, TransferError, "NIXL has no telemetry for the transfer") from None
+        return TransferTelemetry(measured.totalBytes, measured.descCount, measured.postDuration, measured.xferDuration)
 
     def release(self, handle: int) -> None:
         """Free a handle whose transfer is terminal; never one in flight (NIXL would go on copying, unseen)."""
-        with self._mapped(TransferError, "NIXL could not release the transfer handle"):
+        try:
             self._agent.releaseXferReq(handle)
+        except self._failures as error:
+            raise self._mapped(error, TransferError, "NIXL could not release the transfer handle") from None
+
+    def notifications(self) -> Mapping[str, Sequence[bytes]]:
+        """What peers' transfers notified since the last call, by the name that the sender gave: no proof of who."""
+        try:
+            notified: Mapping[str, Sequence[bytes]] = self._agent.getNotifs({}, self._backends)
+        except self._failures as error:
+            raise self._mapped(error, TransferError, "NIXL could not tell its notifications") from None
+        return notified
 
     def _new_agent(self, name: str) -> Any:
         config = self._nixl.nixlAgentConfig()
@@ -132,36 +169,36 @@ class NixlAgent:
         config.pthrDelay = PROGRESS_POLL_TIMEOUT_US
         config.syncMode = self._nixl.NIXL_THREAD_SYNC_STRICT
         config.captureTelemetry = True
-        with self._mapped(RegistrationError, "the NIXL agent could not be created"):
+        try:
             return self._nixl.nixlAgent(name, config)
+        except self._failures as error:
+            raise self._mapped(error, RegistrationError, "the NIXL agent could not be created") from None
 
     def _new_backend(self, backend: str) -> int:
         transports = os.environ.get("UCX_TLS", "")
         hint = f" with UCX_TLS={transports}" if transports and backend == "UCX" else ""
-        with self._mapped(RegistrationError, f"NIXL's {backend} backend found no usable transport{hint}"):
+        try:
             return int(self._agent.createBackend(backend, {}))
-
-    def _memory(self, memory_type: str) -> Any:
-        return self._nixl.VRAM_SEG if memory_type == "VRAM" else self._nixl.DRAM_SEG
+        except self._failures as error:
+            raise self._mapped(
+                error, RegistrationError, f"NIXL's {backend} backend found no usable transport{hint}"
+            ) from None
 
     def _state(self, status: Any) -> TransferState:
-        if status == self._nixl.NIXL_SUCCESS:
+        if status == self._success:
             return TransferState.DONE
-        if status == self._nixl.NIXL_IN_PROG:
+        if status == self._in_progress:
             return TransferState.IN_PROGRESS
         raise TransferError(f"NIXL reports {status}")
 
-    @contextmanager
-    def _mapped(self, error_type: type[DataPlaneError], what: str, peer: str = "") -> Iterator[None]:
-        try:
-            yield
-        except self._nixl.nixlRemoteDisconnectError:
-            raise PeerLost("the peer's process or connection is gone", peer=peer) from None
-        except tuple(getattr(self._nixl, name) for name in _ERRORS) as error:
-            raise error_type(f"{what}: {error}", peer=peer, remedy="see 'nixlbus doctor'") from None
+    def _mapped(self, error: Exception, error_type: type[DataPlaneError], what: str, peer: str = "") -> DataPlaneError:
+        if isinstance(error, self._nixl.nixlRemoteDisconnectError):
+            return PeerLost("the peer's process or connection is gone", peer=peer)
+        return error_type(f"{what}: {error}", peer=peer, remedy="see 'nixlbus doctor'")
 
 
 _ERRORS = (
+    "nixlRemoteDisconnectError",
     "nixlBackendError",
     "nixlCancelledError",
     "nixlInvalidParamError",
@@ -204,7 +241,3 @@ def _bindings() -> Any:
     except ImportError as error:
         raise RegistrationError(f"NIXL is not usable here: {error}", remedy="pip install nixl") from None
     return nixl._bindings
-
-
-def _microseconds(duration: Any) -> int:
-    return int(duration.total_seconds() * 1e6) if hasattr(duration, "total_seconds") else int(duration)

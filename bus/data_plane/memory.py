@@ -1,20 +1,22 @@
-"""Registered memory: the regions that peers may be let into, and descriptors of pieces of them.
+"""Registered memory: the regions that peers may be let into, and the pieces of them that operations work on.
 
-In: torch tensors, arena slices, block lists. Out: `Descriptor`s that name registered bytes and keep their owner
-alive. Regions are registered when the bus opens or when a pool is added, never on the hot path, and stay registered
-while the process lives: deregistering is no fence against a peer's transfer under way.
+In: descriptors, tensors, arena slices, block lists. Out: `LocalMemory`, which names registered bytes and keeps their
+owner alive. Arenas and pools are registered once, never on the hot path, and stay registered while the process lives:
+deregistering is no fence against a peer's transfer under way. Memory from anywhere else is registered when it is first
+used (`registration`). Safe to use from any thread.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bus.data_plane.addressing import contiguous_extent
 from bus.data_plane.agent import NixlAgent
 from bus.data_plane.arena import Arena, ArenaSlice, Pinnable
+from bus.data_plane.descriptor import HOST, Descriptor, Device, layout_of
+from bus.data_plane.registration import ForeignMemory
 from bus.errors import LocalProtocolError
 from schemas.handshake import Region
-from schemas.operations import MemoryExtent
+from schemas.operations import MemoryExtent, TensorLayout
 
 if TYPE_CHECKING:
     import torch
@@ -30,52 +32,71 @@ class _Unpinned:
         """Nothing to count."""
 
 
-@dataclass(frozen=True, slots=True)
-class Descriptor:
+_UNPINNED = _Unpinned()
+
+
+class _Together:
+    """Several leases as one."""
+
+    def __init__(self, leases: Sequence[Pinnable]) -> None:
+        self._leases = leases
+
+    def pin(self) -> None:
+        pinned: list[Pinnable] = []
+        try:
+            for lease in self._leases:
+                lease.pin()
+                pinned.append(lease)
+        except BaseException:
+            for lease in pinned:
+                lease.unpin()
+            raise
+
+    def unpin(self) -> None:
+        for lease in self._leases:
+            lease.unpin()
+
+
+class LocalMemory(NamedTuple):
     """Local memory of one side of an operation: registered bytes in their order, and who owns them."""
 
     extents: Sequence[MemoryExtent]
+    num_bytes: int
     lease: Pinnable
     storage: object = None
     """Kept referenced for as long as the operation may touch the bytes."""
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes that it names."""
-        return sum(extent.num_bytes for extent in self.extents)
+    layout: TensorLayout | None = None
+    device: Device = HOST
+    is_writable: bool = True
 
 
 class RegisteredMemory:
-    """The regions of one agent. Not for use from several threads."""
+    """The regions of one agent. `max_foreign` bounds the registrations made on demand."""
 
-    def __init__(self, agent: NixlAgent) -> None:
+    def __init__(self, agent: NixlAgent, max_foreign: int = 256) -> None:
         self._agent = agent
         self._regions: dict[int, Region] = {}
-        self._storages: dict[int, torch.Tensor] = {}
-        self.num_registrations = 0
+        self._storages: dict[int, object] = {}
+        self.foreign = ForeignMemory(agent, self._regions, max_foreign)
 
     @property
-    def regions(self) -> dict[int, Region]:
+    def regions(self) -> Mapping[int, Region]:
         """Region number to region; what the handshake tells peers."""
         return self._regions
 
-    def add(self, tensor: "torch.Tensor") -> Region:
-        """Register the memory of a contiguous tensor, CPU or CUDA, for the life of the process.
+    @property
+    def num_registrations(self) -> int:
+        """Registrations made so far, ended ones included."""
+        return len(self._storages) + self.foreign.num_registrations
 
-        Raises `LocalProtocolError` if it isn't contiguous, `RegistrationError` if NIXL refuses it.
+    def add(self, data: Any) -> Region:
+        """Register contiguous memory for the life of the process.
+
+        Raises `NotContiguous`, `InvalidDescriptor`, and `RegistrationError` if NIXL refuses it.
         """
-        _check_contiguous(tensor)
-        region = Region(
-            region=len(self._regions),
-            address=tensor.data_ptr(),
-            length_bytes=tensor.nbytes,
-            memory_type="VRAM" if tensor.is_cuda else "DRAM",
-            device_id=max(tensor.get_device(), 0),
-        )
-        self._agent.register(region.address, region.length_bytes, region.memory_type, region.device_id)
-        self.num_registrations += 1
-        self._regions[region.region] = region
-        self._storages[region.region] = tensor
+        descriptor = data if isinstance(data, Descriptor) else Descriptor(data)
+        region = self.foreign.register(descriptor.address, descriptor.num_bytes, descriptor.device).region
+        self._storages[region.region] = descriptor
         return region
 
     def add_arena(self, capacity_bytes: int) -> "TensorArena":
@@ -86,24 +107,58 @@ class RegisteredMemory:
         region = self.add(storage)
         return TensorArena(Arena(region.region, region.address, capacity_bytes), storage)
 
-    def describe(self, tensor: "torch.Tensor") -> Descriptor:
-        """Name the bytes of a contiguous tensor that lies in a registered region. Raises `LocalProtocolError`."""
-        _check_contiguous(tensor)
-        address, num_bytes = tensor.data_ptr(), tensor.nbytes
-        for region in self._regions.values():
-            offset = address - region.address
-            if offset >= 0 and offset + num_bytes <= region.length_bytes:
-                extent = contiguous_extent(region.region, 0, offset, num_bytes)
-                return Descriptor([extent], _Unpinned(), tensor)
-        raise LocalProtocolError(
-            f"the tensor's {num_bytes:,} bytes lie in no registered region",
-            remedy="allocate it from bus.arena, or register it once with bus.register",
-            num_bytes=num_bytes,
+    def describe(self, local: Any) -> LocalMemory:
+        """Name the bytes of whatever a caller hands over, registering them if nobody did.
+
+        Takes `LocalMemory`, `ArenaTensor`, `KvBlocks`, a `Descriptor`, what a `Descriptor` is made of, or a list of
+        these, whose bytes follow each other. Raises what `Descriptor` raises, `RegistrationError`, `PoolExhausted`.
+        """
+        if isinstance(local, LocalMemory):
+            return local
+        if hasattr(local, "descriptor"):
+            described: LocalMemory = local.descriptor
+            return described
+        if isinstance(local, list):
+            return self._describe_list(local)
+        return self._describe_one(local if isinstance(local, Descriptor) else Descriptor(local))
+
+    def _describe_list(self, pieces: list[Any]) -> LocalMemory:
+        if not pieces:
+            raise LocalProtocolError("an operation needs at least one descriptor")
+        parts = [self.describe(piece) for piece in pieces]
+        if len({part.device for part in parts}) > 1:
+            raise LocalProtocolError("one operation can't mix devices on one side; use an operation for each")
+        return LocalMemory(
+            [extent for part in parts for extent in part.extents],
+            sum(part.num_bytes for part in parts),
+            _Together([part.lease for part in parts]),
+            parts,
+            None,
+            parts[0].device,
+            all(part.is_writable for part in parts),
         )
+
+    def _describe_one(self, descriptor: Descriptor) -> LocalMemory:
+        address, num_bytes, device = descriptor.address, descriptor.num_bytes, descriptor.device
+        region = self._static_region(address, num_bytes, device)
+        lease: Pinnable = _UNPINNED
+        if region is None:
+            held = self.foreign.hold(descriptor)
+            region, lease = held.region, held
+        extent = contiguous_extent(region.region, 0, address - region.address, num_bytes)
+        return LocalMemory([extent], num_bytes, lease, descriptor, descriptor.layout, device, descriptor.is_writable)
+
+    def _static_region(self, address: int, num_bytes: int, device: Device) -> Region | None:
+        for number in self._storages:
+            region = self._regions[number]
+            inside = region.address <= address and address + num_bytes <= region.address + region.length_bytes
+            if inside and (region.memory_type, region.device_id) == (device.memory_type, device.id):
+                return region
+        return None
 
 
 class TensorArena:
-    """An arena whose slices are seen as tensors."""
+    """An arena whose slices are seen as tensors. Safe to use from any thread."""
 
     def __init__(self, arena: Arena, storage: "torch.Tensor") -> None:
         self.arena = arena
@@ -114,24 +169,44 @@ class TensorArena:
         num_bytes = dtype.itemsize
         for length in shape:
             num_bytes *= length
-        lease = self.arena.allocate(num_bytes)
-        view = self._storage[lease.offset_bytes : lease.offset_bytes + num_bytes].view(dtype).view(tuple(shape))
-        return ArenaTensor(view, lease)
+        return ArenaTensor(self._storage, self.arena.allocate(num_bytes), tuple(shape), dtype)
 
 
 class ArenaTensor:
     """A tensor in an arena slice. Use as a context manager, or call `free`; an operation's pin outlasts both."""
 
-    def __init__(self, tensor: "torch.Tensor", lease: ArenaSlice) -> None:
-        self.tensor = tensor
+    __slots__ = ("_dtype", "_lease", "_shape", "_storage", "_tensor")
+
+    def __init__(
+        self, storage: "torch.Tensor", lease: ArenaSlice, shape: tuple[int, ...], dtype: "torch.dtype"
+    ) -> None:
+        self._storage = storage
         self._lease = lease
+        self._shape = shape
+        self._dtype = dtype
+        self._tensor: torch.Tensor | None = None
 
     @property
-    def descriptor(self) -> Descriptor:
+    def tensor(self) -> "torch.Tensor":
+        """The tensor, a view of the arena."""
+        if self._tensor is None:
+            lease = self._lease
+            piece = self._storage[lease.offset_bytes : lease.offset_bytes + lease.num_bytes]
+            self._tensor = piece.view(self._dtype).view(self._shape)
+        return self._tensor
+
+    @property
+    def descriptor(self) -> LocalMemory:
         """Its bytes, for an operation."""
         lease = self._lease
         extent = contiguous_extent(lease.region, lease.generation, lease.offset_bytes, lease.num_bytes)
-        return Descriptor([extent], lease, self.tensor)
+        return LocalMemory([extent], lease.num_bytes, lease, self._storage, self._layout)
+
+    @property
+    def _layout(self) -> TensorLayout | None:
+        if len(self._shape) == 1 and self._dtype.itemsize == 1:
+            return None  # bytes
+        return layout_of(self.tensor)
 
     def free(self) -> None:
         """Give the slice back, now or when the last operation lets go of it."""
@@ -142,11 +217,3 @@ class ArenaTensor:
 
     def __exit__(self, *_: object) -> None:
         self.free()
-
-
-def _check_contiguous(tensor: "torch.Tensor") -> None:
-    if not tensor.is_contiguous():
-        raise LocalProtocolError(
-            f"a tensor of shape {tuple(tensor.shape)} and strides {tensor.stride()} is not contiguous",
-            remedy="pass tensor.contiguous() and keep it; nixlbus makes no hidden copies",
-        )

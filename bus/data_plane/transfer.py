@@ -1,11 +1,13 @@
 """Transfers: what is posted when, on which thread, and who is told.
 
-In: copy pairs to a peer. Out: a `TransferReport` with NIXL's own figures, or a typed error.
-Small transfers are posted inline on the event loop while the owner thread is idle and the peer is connected: that
-costs less than two hand-overs between threads. Everything else goes to the one owner thread, in chunks, because a
-post can block for the whole copy. Invariants: a handle is released only when it is terminal, so a cancelled or
-overdue transfer is *drained*: nothing further is posted, and its waiter is told only when NIXL is done with the memory.
-Nothing is posted at or past the deadline. The thread sleeps without polling while nothing is under way.
+In: copy pairs to a peer. Out: a call on the event loop when NIXL will not touch the memory any more, and a
+`TransferReport` with NIXL's own figures, or a typed error.
+Small transfers to a connected peer are posted inline on the event loop: that costs less than two hand-overs between
+threads. Everything else goes to the one owner thread, in chunks, because a post can block for the whole copy and holds
+the agent's lock meanwhile; the chunks are short while small transfers come, and the thread lets those go first.
+Invariants: a handle is released only when it is terminal, so a cancelled or overdue transfer is *drained*: nothing
+further is posted, and its waiter is told only when NIXL is done with the memory. Nothing is posted at or past the
+deadline. At most `MAX_DRAINING` drains go on at once. The thread sleeps without polling while nothing is under way.
 """
 
 import asyncio
@@ -14,23 +16,34 @@ import logging
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
 
-from bus.data_plane.addressing import CopyPair, chunks
+from bus.data_plane import cuda
+from bus.data_plane.addressing import CopyPair, Cutter
 from bus.data_plane.agent import NixlAgent, TransferDirection, TransferState, TransferTelemetry
 from bus.deadline import Deadline
-from bus.errors import BusError, DeadlineExceeded, TransferError
+from bus.errors import BusError, DeadlineExceeded, PoolExhausted, TransferError
 
 T = TypeVar("T")
 
 INLINE_POLL_S = 50e-6
 """How long the event loop looks for a small transfer's end before it hands the handle to the owner thread."""
+MAX_DRAINING = 256
+"""Cancelled or overdue transfers that NIXL still works on; with more, nothing new is begun."""
+CHUNKS_IN_FLIGHT = 2
+"""Of one transfer: the next is posted while the one before is on the wire."""
+CONTENDED_CHUNK_BYTES = 1 << 20
+"""Chunks of large transfers while small ones come: one holds the agent's lock for some 0.1 ms."""
+CONTENTION_S = 0.05
+"""How long after a small transfer the chunks stay short."""
 _SHORTEST_SLEEP_S = 30e-6
 _LONGEST_SLEEP_S = 1e-3
 _DRAIN_SLEEP_S = 0.1
 """Between two looks at transfers that nobody waits for any more."""
+_NOTIFICATION_SLEEP_S = 2e-3
+"""Between two looks for notifications, while somebody expects one."""
 
 _LOG = logging.getLogger(__name__)
 
@@ -49,89 +62,146 @@ class TransferCancelled(TransferError):
     """The transfer was cancelled; NIXL has let go of the memory, which may be half written."""
 
 
-@dataclass(eq=False, slots=True)
-class Transfer:
-    """One transfer on its way, stepped by one thread at a time."""
+class TransferPlan(NamedTuple):
+    """What is to be moved where."""
 
     direction: TransferDirection
     pairs: Sequence[CopyPair]
     peer: str
-    memory_types: tuple[str, str]
-    deadline: Deadline
-    chunk_bytes: int
-    ended: "asyncio.Future[None]"
-    """Resolves, on the event loop, when NIXL will not touch the memory any more, however it went."""
-    cancelled: bool = False
-    error: BusError | None = None
-    handle: int | None = None
-    posted: bool = False
-    _measured: list[TransferTelemetry] = field(default_factory=list)
-    _chunks: list[list[CopyPair]] = field(default_factory=list)
-    _next: int = 0
+    num_bytes: int
+    memory_types: tuple[str, str] = ("DRAM", "DRAM")
+    """The local side's and the remote one's."""
+    notification: str = ""
+    """Sent to the peer's agent with the last chunk's DONE."""
 
-    def __post_init__(self) -> None:
-        self._chunks = list(chunks(self.pairs, self.chunk_bytes))
 
-    def step(self, agent: NixlAgent) -> bool:
-        """Post the next chunk or look at the one under way; returns whether the transfer is terminal."""
-        try:
-            if self.handle is None:
-                if self._next == len(self._chunks):
-                    return True
-                self._check_may_post()
-                state = self._post(agent)
-            else:
-                state = agent.check(self.handle)
-        except BusError as error:
-            self.error = error
-            self._release(agent)
+class Transfer:
+    """One transfer on its way, stepped by one thread at a time.
+
+    `on_end` is called on the event loop when NIXL will not touch the memory any more, however it went;
+    `on_progress` there too, with the bytes that are done so far, whenever a chunk of several is done.
+    """
+
+    __slots__ = (
+        "_cutter",
+        "_in_flight",
+        "_measured",
+        "_stream",
+        "_window",
+        "cancelled",
+        "deadline",
+        "error",
+        "on_end",
+        "on_progress",
+        "plan",
+        "posted",
+    )
+
+    def __init__(
+        self,
+        plan: TransferPlan,
+        deadline: Deadline,
+        on_end: Callable[[], None],
+        on_progress: Callable[[int], None] | None = None,
+    ) -> None:
+        self.plan = plan
+        self.deadline = deadline
+        self.on_end = on_end
+        self.on_progress = on_progress
+        self.cancelled = False
+        self.posted = False
+        self.error: BusError | None = None
+        self._cutter = Cutter(plan.pairs)
+        self._in_flight: deque[int] = deque()
+        self._measured: list[TransferTelemetry] = []
+        self._window = 1 if plan.notification else CHUNKS_IN_FLIGHT  # the notification must come last
+        self._stream = cuda.StreamMark(plan.pairs[0].local_device_id) if plan.memory_types[0] == "VRAM" else None
+
+    def step(self, agent: NixlAgent, chunk_bytes: int) -> bool:
+        """Look at the oldest chunk in flight, or post one more; returns whether anything moved."""
+        if self._in_flight and self._look(agent):
             return True
-        if state is TransferState.DONE:
-            self._measured.append(agent.telemetry(self.handle))  # type: ignore[arg-type]  # _post set it
-            self._release(agent)
-            return self._next == len(self._chunks)
-        return False
+        if self._cutter.is_empty or len(self._in_flight) >= self._window:
+            return False
+        self._post(agent, chunk_bytes)
+        return True
 
-    def cancel(self) -> None:
-        """Post nothing further; `ended` resolves when what is under way is terminal. NIXL can't abort it."""
-        self.cancelled = True
+    @property
+    def is_terminal(self) -> bool:
+        """Whether NIXL will not touch the memory any more."""
+        return not self._in_flight and self._cutter.is_empty
 
     @property
     def is_draining(self) -> bool:
-        """Whether only its end is waited for: cancelled or overdue, with a handle that NIXL still works on."""
-        return self.cancelled or self.deadline.expired
+        """Whether only its end is waited for: failed, cancelled or overdue, with a handle that NIXL still works on."""
+        return self.cancelled or self.error is not None or self.deadline.expired
+
+    @property
+    def num_done_bytes(self) -> int:
+        """Bytes of the chunks that are done, as NIXL counted them."""
+        return sum([chunk.num_bytes for chunk in self._measured])
+
+    def cancel(self) -> None:
+        """Post nothing further; `on_end` comes when what is in flight is terminal. NIXL can't abort it."""
+        self.cancelled = True
+
+    def stop(self, error: BusError) -> None:
+        """Fail: nothing more is posted, and what is in flight drains."""
+        self.error = self.error or error
+        self._cutter = Cutter(())
 
     def report(self) -> TransferReport:
         """What the chunks add up to. Raises `TransferError`, `PeerLost`, `DeadlineExceeded`, `TransferCancelled`."""
         if self.error is not None:
             raise self.error
+        measured = self._measured
         return TransferReport(
-            sum(measured.num_bytes for measured in self._measured),
-            sum(measured.num_descriptors for measured in self._measured),
-            len(self._measured),
-            sum(measured.post_us for measured in self._measured),
-            sum(measured.transfer_us for measured in self._measured),
+            self.num_done_bytes,
+            sum([chunk.num_descriptors for chunk in measured]),
+            len(measured),
+            sum([chunk.post_us for chunk in measured]),
+            sum([chunk.transfer_us for chunk in measured]),
         )
+
+    def _look(self, agent: NixlAgent) -> bool:
+        handle = self._in_flight[0]
+        try:
+            if agent.check(handle) is not TransferState.DONE:
+                return False
+            self._measured.append(agent.telemetry(handle))
+        except BusError as error:
+            self.stop(error)
+        self._in_flight.popleft()
+        _release(agent, handle)
+        return True
+
+    def _post(self, agent: NixlAgent, chunk_bytes: int) -> None:
+        plan = self.plan
+        try:
+            self._check_may_post()
+            chunk = self._cutter.take(chunk_bytes)
+            notification = plan.notification if self._cutter.is_empty else ""
+            handle = agent.create_transfer(plan.direction, chunk, plan.peer, plan.memory_types, notification)
+        except BusError as error:
+            self.stop(error)
+            return
+        self.posted = True
+        try:
+            if agent.post(handle) is not TransferState.DONE or self._in_flight:
+                self._in_flight.append(handle)
+                return
+            self._measured.append(agent.telemetry(handle))
+        except BusError as error:
+            self.stop(error)
+        _release(agent, handle)
 
     def _check_may_post(self) -> None:
         if self.cancelled:
-            raise TransferCancelled("the transfer was cancelled", peer=self.peer)
+            raise TransferCancelled("the transfer was cancelled", peer=self.plan.peer)
         if self.deadline.expired:
-            raise DeadlineExceeded("the lease ran out before everything was posted", peer=self.peer)
-
-    def _post(self, agent: NixlAgent) -> TransferState:
-        self.handle = agent.create_transfer(self.direction, self._chunks[self._next], self.peer, *self.memory_types)
-        self._next += 1
-        self.posted = True
-        return agent.post(self.handle)
-
-    def _release(self, agent: NixlAgent) -> None:
-        if self.handle is not None:
-            handle, self.handle = self.handle, None
-            try:
-                agent.release(handle)
-            except BusError as error:
-                _LOG.warning("a transfer handle was not released: %s", error)
+            raise DeadlineExceeded("the lease ran out before everything was posted", peer=self.plan.peer)
+        if self._stream is not None:
+            self._stream.wait()
 
 
 class TransferEngine:
@@ -141,12 +211,17 @@ class TransferEngine:
         self.agent = agent
         self.num_posted_inline = 0
         self.num_posted_by_thread = 0
+        self.on_notification: Callable[[bytes], None] = lambda payload: None
+        """Called on the event loop, while `expect_notifications` says that somebody waits for one."""
         self._chunk_bytes = chunk_bytes
         self._inline_bytes = inline_bytes
         self._loop = asyncio.get_running_loop()
         self._jobs: queue.SimpleQueue[Transfer | Callable[[], None] | None] = queue.SimpleQueue()
         self._under_way: set[Transfer] = set()
         self._connected: set[str] = set()
+        self._num_expecting = 0
+        self._small_at_s = 0.0
+        self._small_is_waiting = False
         self._thread = threading.Thread(target=self._own, name="nixl-owner", daemon=True)
         self._thread.start()
 
@@ -155,26 +230,34 @@ class TransferEngine:
         """Transfers that the owner thread has, drained ones included."""
         return len(self._under_way)
 
-    def start(
-        self,
-        direction: TransferDirection,
-        pairs: Sequence[CopyPair],
-        peer: str,
-        deadline: Deadline,
-        memory_types: tuple[str, str] = ("DRAM", "DRAM"),
-    ) -> Transfer:
-        """Begin to copy `pairs` to or from `peer`; wait for `ended`, then ask for the `report`.
+    @property
+    def num_draining(self) -> int:
+        """Those among them whose end alone is waited for."""
+        return sum(transfer.is_draining for transfer in self._under_way)
 
-        A small transfer to a connected peer is usually over when this returns.
-        """
-        ended: asyncio.Future[None] = self._loop.create_future()
-        transfer = Transfer(direction, pairs, peer, memory_types, deadline, self._chunk_bytes, ended)
-        if self._runs_inline(transfer):
-            self._note_end(transfer)
+    def check_room(self) -> None:
+        """Raise `PoolExhausted` while too many transfers drain: nothing new should begin then."""
+        if len(self._under_way) >= MAX_DRAINING and self.num_draining >= MAX_DRAINING:
+            raise PoolExhausted(
+                f"{self.num_draining} cancelled transfers have not drained yet", remedy="look for peers that hang"
+            )
+
+    def start(self, transfer: Transfer) -> None:
+        """Begin. A small transfer to a connected peer is usually over, and its `on_end` called, when this returns."""
+        if self._may_run_inline(transfer):
+            self.num_posted_inline += 1
+            if self._finished_inline(transfer):
+                self._note_end(transfer)
+                return
         else:
-            self._under_way.add(transfer)
-            self._jobs.put(transfer)
-        return transfer
+            self.num_posted_by_thread += 1
+        self._under_way.add(transfer)
+        self._jobs.put(transfer)
+
+    def expect_notifications(self, num_more: int) -> None:
+        """Count those who wait for a notification, up or down; nobody polls for them otherwise."""
+        self._num_expecting += num_more
+        self._jobs.put(lambda: None)  # wakes the thread, which sleeps without a timeout when it has nothing to do
 
     async def call(self, function: Callable[[], T]) -> T:
         """Run a blocking NIXL call on the owner thread and return its result."""
@@ -191,46 +274,53 @@ class TransferEngine:
         self._jobs.put(job)
         return await answer
 
-    async def close(self, timeout_s: float) -> None:
-        """Let the transfers under way end, for up to `timeout_s`, and stop the thread."""
+    async def close(self, timeout_s: float) -> bool:
+        """Let the transfers under way end, for up to `timeout_s`, and stop the thread; returns whether they did."""
+        self._num_expecting = 0
         self._jobs.put(None)
         await asyncio.to_thread(self._thread.join, timeout_s)
         if self._thread.is_alive():
             _LOG.warning("%d transfers were still under way when the agent closed", self.num_under_way)
+        return not self._thread.is_alive()
 
-    def _runs_inline(self, transfer: Transfer) -> bool:
+    def _may_run_inline(self, transfer: Transfer) -> bool:
+        plan = transfer.plan
+        return plan.num_bytes <= self._inline_bytes and plan.peer in self._connected and plan.memory_types[0] == "DRAM"
+
+    def _finished_inline(self, transfer: Transfer) -> bool:
         """Try to finish a small transfer here and now; what doesn't end at once is the owner thread's."""
-        small = sum(pair.length_bytes for pair in transfer.pairs) <= self._inline_bytes
-        if not small or self._under_way or transfer.peer not in self._connected:
-            self.num_posted_by_thread += 1
-            return False
-        self.num_posted_inline += 1
-        give_up = time.perf_counter() + INLINE_POLL_S
-        while not transfer.step(self.agent):
-            if time.perf_counter() > give_up:
+        self._small_is_waiting = True
+        transfer.step(self.agent, self._chunk_bytes)
+        self._small_is_waiting = False
+        self._small_at_s = now_s = time.monotonic()
+        while not transfer.is_terminal:
+            if time.monotonic() - now_s > INLINE_POLL_S:
                 return False
+            transfer.step(self.agent, self._chunk_bytes)
         return True
 
     def _note_end(self, transfer: Transfer) -> None:
         self._under_way.discard(transfer)
         if transfer.error is None:
-            self._connected.add(transfer.peer)
-        _succeed(transfer.ended, None)
+            self._connected.add(transfer.plan.peer)
+        transfer.on_end()
 
     def _own(self) -> None:
         active: list[Transfer] = []
-        sleep_s = 0.0
+        sleep_s: float | None = None
         stopping = False
         while active or not stopping:
-            stopping = self._take_jobs(active, None if not active and not stopping else sleep_s) or stopping
-            still_active = [transfer for transfer in active if not self._stepped_to_end(transfer)]
-            sleep_s = _next_sleep_s(sleep_s, moved=len(still_active) < len(active), waiting=still_active)
-            active = still_active
+            stopping = self._take_jobs(active, sleep_s) or stopping
+            moved = [self._step(transfer) for transfer in active]
+            active = [transfer for transfer in active if not transfer.is_terminal]
+            if self._num_expecting:
+                self._collect_notifications()
+            sleep_s = self._next_sleep_s(sleep_s or 0.0, any(moved), active)
 
     def _take_jobs(self, active: list[Transfer], timeout_s: float | None) -> bool:
         """Sleep until there is a job, or for `timeout_s`; take all there are. Returns whether to stop."""
         with contextlib.suppress(queue.Empty):
-            job = self._jobs.get(timeout=timeout_s)
+            job = self._jobs.get_nowait() if timeout_s == 0.0 else self._jobs.get(timeout=timeout_s)
             while True:
                 if job is None:
                     return True
@@ -241,24 +331,53 @@ class TransferEngine:
                 job = self._jobs.get_nowait()
         return False
 
-    def _stepped_to_end(self, transfer: Transfer) -> bool:
+    def _step(self, transfer: Transfer) -> bool:
+        while self._small_is_waiting:
+            time.sleep(_SHORTEST_SLEEP_S)
+        contended = time.monotonic() - self._small_at_s < CONTENTION_S
+        num_done_bytes = transfer.num_done_bytes
         try:
-            ended = transfer.step(self.agent)
+            moved = transfer.step(self.agent, CONTENDED_CHUNK_BYTES if contended else self._chunk_bytes)
         except Exception as error:  # a defect here must not end the thread that all transfers wait for
             _LOG.exception("the owner thread failed in a transfer")
-            transfer.error = TransferError(f"the transfer failed unexpectedly: {type(error).__name__}")
-            ended = True
-        if ended:
-            with contextlib.suppress(RuntimeError):  # the loop closed: nobody waits any more
-                self._loop.call_soon_threadsafe(self._note_end, transfer)
-        return ended
+            transfer.stop(TransferError(f"the transfer failed unexpectedly: {type(error).__name__}"))
+            moved = True
+        if transfer.on_progress and transfer.num_done_bytes > num_done_bytes:
+            self._tell(transfer.on_progress, transfer.num_done_bytes)
+        if transfer.is_terminal:
+            self._tell(self._note_end, transfer)
+        return moved
+
+    def _collect_notifications(self) -> None:
+        try:
+            notified = self.agent.notifications()
+        except BusError as error:
+            _LOG.warning("%s", error)
+            return
+        for payloads in notified.values():
+            for payload in payloads:
+                self._tell(self.on_notification, bytes(payload))
+
+    def _tell(self, callback: Callable[[T], None], argument: T) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop closed: nobody waits any more
+            self._loop.call_soon_threadsafe(callback, argument)
+
+    def _next_sleep_s(self, last_s: float, moved: bool, active: Sequence[Transfer]) -> float | None:
+        if moved and active:
+            return 0.0
+        if not active:
+            return _NOTIFICATION_SLEEP_S if self._num_expecting else None
+        if last_s == 0.0:
+            return _SHORTEST_SLEEP_S
+        drains_only = all(transfer.is_draining for transfer in active) and not self._num_expecting
+        return min(last_s * 1.5, _DRAIN_SLEEP_S if drains_only else _LONGEST_SLEEP_S)
 
 
-def _next_sleep_s(last_s: float, *, moved: bool, waiting: Sequence[Transfer]) -> float:
-    if moved or last_s == 0.0:
-        return _SHORTEST_SLEEP_S
-    longest_s = _DRAIN_SLEEP_S if all(transfer.is_draining for transfer in waiting) else _LONGEST_SLEEP_S
-    return min(last_s * 1.5, longest_s)
+def _release(agent: NixlAgent, handle: int) -> None:
+    try:
+        agent.release(handle)
+    except BusError as error:
+        _LOG.warning("a transfer handle was not released: %s", error)
 
 
 def _succeed(future: "asyncio.Future[T]", result: T) -> None:

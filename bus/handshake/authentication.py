@@ -1,9 +1,10 @@
-"""The shared key, and the proof that a description came from somebody who holds it.
+"""The shared key, and the proof that a statement came from somebody who holds it.
 
-In: a key file, the exact bytes of a description, a nonce. Out: a MAC, or `AuthenticationError`.
-HMAC-SHA256 covers a label, the requester's nonce and name, and the bytes, so that an answer can't be moved to another
-question. The key proves membership of the bus; *who* a member is comes from NATS permissions. NIXL must never see
-bytes without this proof: of 220 mutated blobs handed to it, 3 killed the process and 52 were taken as good.
+In: a key file and a statement: a question, a description, a last word. Out: a MAC, or `AuthenticationError`.
+HMAC-SHA256 covers a label and every part that the statement means, among them the question's nonce and requester, so
+that an answer can't be moved to another question nor a question's proof to an answer. The key proves membership of the
+bus; *who* a member is comes from NATS permissions. NIXL must never see bytes without this proof: of 220 mutated blobs
+handed to it, 3 killed the process and 52 were taken as good.
 Format of a key file, mode 0600: one or two lines `<key id> <64 hex digits>`; the first signs, each verifies (rotation).
 """
 
@@ -16,9 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bus.errors import AuthenticationError
-from schemas.handshake import AgentMetadataReply, AgentMetadataRequest
 
-_LABEL = b"nixlbus agent metadata 1"
+_LABEL = b"nixlbus 2"
 _KEY_BYTES = 32
 _MAX_KEYS = 2
 
@@ -54,17 +54,18 @@ class KeyRing:
         if not 1 <= len(self.keys) <= _MAX_KEYS:
             raise KeyFileError(f"a key file holds 1 or {_MAX_KEYS} keys, not {len(self.keys)}")
 
-    def sign(self, request: AgentMetadataRequest, description: bytes) -> AgentMetadataReply:
-        """The description with its proof, for this request alone."""
+    def sign(self, label: bytes, *parts: bytes) -> tuple[str, bytes]:
+        """The id of the signing key, and the proof of `parts` as a statement of kind `label`."""
         key_id, key = self.keys[0]
-        return AgentMetadataReply(description=description, key_id=key_id, mac=_mac(key, request, description))
+        return key_id, _mac(key, label, parts)
 
-    def verify(self, request: AgentMetadataRequest, reply: AgentMetadataReply, *, peer: str) -> bytes:
-        """The description's bytes, proved. Raises `AuthenticationError`."""
+    def verify(self, proof: tuple[str, bytes], label: bytes, *parts: bytes, peer: str) -> None:
+        """Check a proof. Raises `AuthenticationError`, which names `peer`."""
+        proof_key_id, mac = proof
         for key_id, key in self.keys:
-            if key_id == reply.key_id and hmac.compare_digest(_mac(key, request, reply.description), reply.mac):
-                return reply.description
-        raise AuthenticationError("the peer's agent metadata carries no valid proof", peer=peer)
+            if key_id == proof_key_id and hmac.compare_digest(_mac(key, label, parts), mac):
+                return
+        raise AuthenticationError("a peer's statement carries no valid proof", peer=peer)
 
 
 def write_key_file(path: Path) -> None:
@@ -88,9 +89,9 @@ def _parse(line: str, path: str) -> tuple[str, bytes]:
     return key_id, key
 
 
-def _mac(key: bytes, request: AgentMetadataRequest, description: bytes) -> bytes:
+def _mac(key: bytes, label: bytes, parts: tuple[bytes, ...]) -> bytes:
     digest = hmac.new(key, digestmod=hashlib.sha256)
-    for part in (_LABEL, request.nonce, request.requester.encode(), description):
+    for part in (_LABEL, label, *parts):
         digest.update(len(part).to_bytes(8, "big"))
         digest.update(part)
     return digest.digest()

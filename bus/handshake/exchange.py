@@ -1,24 +1,26 @@
 """The exchange of agent metadata between two workers: once per peer and epoch, authenticated, off the hot path.
 
-In: a worker id and the epoch that its grant named. Out: a `Peer` that transfers can go to.
+In: a grant. Out: a `Peer` that transfers can go to, which knows every region that the grant names.
 However many ask for one peer at once, one request is on the wire and all share its future; a failed one is forgotten,
-so that the next request tries again. A peer is never removed: NIXL leaks a socket with each removal, on both sides.
-A peer of another epoch than asked for is a `StaleGrant`: the epoch in the message refuses, not an event.
+so that the next request tries again. A region that was registered after the exchange is asked for by its number. A peer
+is never removed: NIXL leaks a socket with each removal, on both sides. A peer of another epoch than asked for is a
+`StaleGrant`: the epoch in the message refuses, not an event.
 """
 
 import asyncio
-import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from bus.control_plane.call import Caller
+from bus.data_plane.addressing import AddressRange
 from bus.data_plane.agent import NixlAgent
 from bus.data_plane.memory import RegisteredMemory
 from bus.data_plane.transfer import TransferEngine
 from bus.errors import RemoteProtocolError, StaleGrant
+from bus.handshake import statements
 from bus.handshake.authentication import KeyRing
-from schemas.codec import MessageError, decode, encode
 from schemas.handshake import AgentDescription, AgentMetadataReply, AgentMetadataRequest, Region
+from schemas.operations import Initiator, MemoryExtent, ProcessIdentity, RdmaMetadata
 from schemas.subjects import Subjects
 
 ENDPOINT = "agent_metadata"
@@ -31,29 +33,54 @@ class Peer:
     worker_id: str
     epoch: str
     agent_name: str
-    regions: Mapping[int, Region]
+    regions: dict[int, Region]
+    ack_prefix: str
+    """Of the subjects that its acks go to: an operation id is to follow."""
+
+    def knows(self, extents: Sequence[MemoryExtent]) -> bool:
+        """Whether every region that `extents` name is known."""
+        return all(extent.region in self.regions for extent in extents)
 
 
 class Introduction:
-    """The answering half: tells who we are."""
+    """The answering half: tells members who we are, and notes which process each of them is."""
 
-    def __init__(self, worker_id: str, epoch: str, agent: NixlAgent, memory: RegisteredMemory, keys: KeyRing) -> None:
-        self._worker_id = worker_id
-        self._epoch = epoch
+    def __init__(
+        self,
+        identity: Initiator,
+        agent: NixlAgent,
+        memory: RegisteredMemory,
+        keys: KeyRing,
+        on_member: Callable[[Initiator, ProcessIdentity], None],
+    ) -> None:
+        self._identity = identity
         self._agent = agent
         self._memory = memory
         self._keys = keys
+        self._on_member = on_member
 
     async def answer(self, request: AgentMetadataRequest) -> AgentMetadataReply:
-        """Our description, signed for this request."""
+        """Our description, signed for this request. Raises `AuthenticationError`."""
+        statements.check_question(self._keys, request, self._identity.worker_id)
+        assert request.process is not None  # check_question looked
+        requester = Initiator(worker_id=request.requester, epoch=request.requester_epoch)
+        self._on_member(requester, request.process)
+        wanted = request.regions or self._memory.regions
+        regions = [self._memory.regions[number] for number in wanted if number in self._memory.regions]
         description = AgentDescription(
-            worker_id=self._worker_id,
-            epoch=self._epoch,
+            worker_id=self._identity.worker_id,
+            epoch=self._identity.epoch,
             agent_name=self._agent.name,
-            agent_metadata=self._agent.metadata(),
-            regions=list(self._memory.regions.values()),
+            agent_metadata=self._metadata(regions if request.regions else None),
+            regions=regions,
         )
-        return self._keys.sign(request, encode(description))
+        return statements.answer(self._keys, request, description)
+
+    def _metadata(self, regions: list[Region] | None) -> bytes:
+        if not regions or len({region.memory_type for region in regions}) > 1:
+            return self._agent.metadata()
+        ranges = [AddressRange(region.address, region.length_bytes, region.device_id) for region in regions]
+        return self._agent.partial_metadata(regions[0].memory_type, ranges)
 
 
 class Peers:
@@ -61,43 +88,81 @@ class Peers:
 
     def __init__(
         self,
-        worker_id: str,
+        identity: Initiator,
+        process: ProcessIdentity,
         subjects: Subjects,
         caller: Caller,
         engine: TransferEngine,
         keys: KeyRing,
         timeout_s: float,
     ) -> None:
-        self._worker_id = worker_id
+        self._identity = identity
+        self._process = process
         self._subjects = subjects
         self._caller = caller
         self._engine = engine
         self._keys = keys
         self._timeout_s = timeout_s
-        self._peers: dict[tuple[str, str], asyncio.Task[Peer]] = {}
+        self._peers: dict[tuple[str, str], Peer] = {}
+        self._asking: dict[tuple[str, str], asyncio.Task[None]] = {}
         self.num_handshakes = 0
 
-    async def ensure(self, worker_id: str, epoch: str) -> Peer:
-        """The peer, known to NIXL. Raises what the handshake failed with, to everybody who waited for it."""
-        key = (worker_id, epoch)
-        task = self._peers.get(key)
-        if task is None:
-            task = self._peers[key] = asyncio.create_task(self._introduce(worker_id, epoch))
-            task.add_done_callback(lambda done: self._forget_failure(key, done))
-        return await asyncio.shield(task)
+    def known(self, metadata: RdmaMetadata) -> Peer | None:
+        """The peer, where nothing is left to ask it."""
+        peer = self._peers.get((metadata.worker_id, metadata.epoch))
+        return peer if peer is not None and peer.knows(metadata.memory) else None
 
-    def known(self, worker_id: str, epoch: str) -> bool:
-        """Whether `ensure` would return at once."""
-        task = self._peers.get((worker_id, epoch))
-        return task is not None and task.done()
+    async def ensure(self, metadata: RdmaMetadata) -> Peer:
+        """The peer, known to NIXL with the regions that the grant names.
 
-    def _forget_failure(self, key: tuple[str, str], task: "asyncio.Task[Peer]") -> None:
-        if task.cancelled() or task.exception() is not None:
-            self._peers.pop(key, None)
+        Raises what the handshake raises, `AuthenticationError`, and `StaleGrant` for another epoch or a region that is
+        no longer registered.
+        """
+        key = (metadata.worker_id, metadata.epoch)
+        while (peer := self.known(metadata)) is None:
+            asked_by_another = self._asking.get(key)
+            if asked_by_another is not None:
+                await asyncio.shield(asked_by_another)  # its answer may not be about our regions: look again
+                continue
+            asking = self._asking[key] = asyncio.create_task(self._introduce(metadata, key))
+            asking.add_done_callback(lambda done: self._note_end(key, done))
+            await asyncio.shield(asking)
+            if self.known(metadata) is None:
+                raise StaleGrant(
+                    "the grant names memory that is no longer registered",
+                    peer=metadata.worker_id,
+                    operation_id=metadata.operation_id,
+                )
+        return peer
 
-    async def _introduce(self, worker_id: str, epoch: str) -> Peer:
+    def _note_end(self, key: tuple[str, str], asking: "asyncio.Task[None]") -> None:
+        del self._asking[key]
+        if not asking.cancelled():
+            asking.exception()  # those who wait hear of it; perhaps nobody does any more
+
+    async def _introduce(self, metadata: RdmaMetadata, key: tuple[str, str]) -> None:
+        worker_id, epoch = key
+        known = self._peers.get(key)
+        unknown = sorted({extent.region for extent in metadata.memory} - set(known.regions)) if known else []
+        description = await self._ask(worker_id, unknown)
+        if (description.worker_id, description.epoch) != (worker_id, epoch):
+            raise StaleGrant("the worker has restarted since it made the grant", peer=worker_id)
+        regions = {region.region: region for region in description.regions}
+        if known is not None and not regions:
+            return
+        agent_name = await self._engine.call(lambda: self._engine.agent.load_peer(description.agent_metadata))
+        if agent_name != description.agent_name:
+            raise RemoteProtocolError("the peer's metadata names another agent than its description", peer=worker_id)
+        if known is not None:
+            known.regions.update(regions)
+        else:
+            self._peers[key] = Peer(
+                worker_id, epoch, agent_name, regions, self._subjects.acks(worker_id).name.removesuffix("*")
+            )
+
+    async def _ask(self, worker_id: str, regions: Sequence[int]) -> AgentDescription:
         self.num_handshakes += 1
-        request = AgentMetadataRequest(nonce=secrets.token_bytes(16), requester=self._worker_id)
+        request = statements.question(self._keys, self._identity, self._process, worker_id, regions)
         reply = await self._caller.request(
             self._subjects.worker(worker_id, ENDPOINT),
             request,
@@ -105,19 +170,4 @@ class Peers:
             timeout_s=self._timeout_s,
             traced=False,
         )
-        description = _proved(self._keys, request, reply, worker_id)
-        if (description.worker_id, description.epoch) != (worker_id, epoch):
-            raise StaleGrant("the worker has restarted since it made the grant", peer=worker_id)
-        agent_name = await self._engine.call(lambda: self._engine.agent.load_peer(description.agent_metadata))
-        if agent_name != description.agent_name:
-            raise RemoteProtocolError("the peer's metadata names another agent than its description", peer=worker_id)
-        return Peer(worker_id, epoch, agent_name, {region.region: region for region in description.regions})
-
-
-def _proved(
-    keys: KeyRing, request: AgentMetadataRequest, reply: AgentMetadataReply, worker_id: str
-) -> AgentDescription:
-    try:
-        return decode(keys.verify(request, reply, peer=worker_id), AgentDescription)
-    except MessageError as error:
-        raise RemoteProtocolError(f"the peer's description is malformed: {error}", peer=worker_id) from None
+        return statements.proved_description(self._keys, request, reply, worker_id)

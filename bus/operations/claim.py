@@ -1,7 +1,8 @@
 """A claim: the initiator asks for an open grant before it posts anything, and owes one ack from then on.
 
 In: a target's `RdmaMetadata`. Out: a `Claim`, which one transfer spends; or, unspent, an ack that says so, so that the
-target's memory is free at once. `PendingClaim` is one on its way beside other work.
+target's memory is free at once. `PendingClaim` is one on its way beside other work. Every claim is entered among the
+initiator's undertakings before the target hears of it.
 """
 
 import asyncio
@@ -13,16 +14,31 @@ from bus.control_plane.connection import Connection
 from bus.data_plane.memory import RegisteredMemory
 from bus.data_plane.transfer import TransferEngine
 from bus.deadline import Deadline
-from bus.errors import BusError, LocalProtocolError, StaleGrant, fault_of
+from bus.errors import (
+    BusError,
+    ConnectionLost,
+    DeadlineExceeded,
+    ForeignGrant,
+    LeaseExpired,
+    LocalProtocolError,
+    RemoteFault,
+    StaleGrant,
+    fault_of,
+)
 from bus.handshake.exchange import Peer, Peers
 from bus.operations.conclusions import Conclusions
-from observability.active_span import Span
+from bus.operations.lifecycle import InitiatorEvent, InitiatorState
+from bus.operations.undertakings import Undertaking, Undertakings
+from observability.active_span import NO_SPAN, Span
 from observability.propagation import inject
 from schemas.codec import encode
+from schemas.fault import FaultCode
 from schemas.operations import AckOutcome, ClaimReply, ClaimRequest, CompletionAck, Initiator, RdmaMetadata
 from schemas.subjects import Subjects
 
 CLAIM_ENDPOINT = "claim"
+CLAIM_RETRY_S = 2.0
+"""A claim without an answer is sent again: the target gives the same initiator the same token."""
 
 _LOG = logging.getLogger(__name__)
 
@@ -38,6 +54,7 @@ class Lanes:
     peers: Peers
     memory: RegisteredMemory
     engine: TransferEngine
+    undertakings: Undertakings
     conclusions: Conclusions
 
 
@@ -48,28 +65,49 @@ class Claim:
     memory at once.
     """
 
-    def __init__(self, lanes: Lanes, metadata: RdmaMetadata, peer: Peer, token: bytes, deadline: Deadline) -> None:
+    __slots__ = ("_lanes", "_token", "_undertaking", "deadline", "metadata", "peer")
+
+    def __init__(
+        self,
+        lanes: Lanes,
+        metadata: RdmaMetadata,
+        peer: Peer,
+        token: bytes,
+        deadline: Deadline,
+        undertaking: Undertaking,
+    ) -> None:
         self.metadata = metadata
         self.peer = peer
         self.deadline = deadline
         self._lanes = lanes
         self._token = token
-        self._spent = False
+        self._undertaking = undertaking
+
+    @property
+    def is_spent(self) -> bool:
+        """Whether a transfer has used it, or it was given back."""
+        return self._undertaking.state is not InitiatorState.HELD
 
     def spend(self) -> None:
         """Mark it used: from now on whoever spends it owes the ack. Raises `LocalProtocolError` the second time."""
-        if self._spent:
+        if self.is_spent:
             raise LocalProtocolError("the claim was used already", operation_id=self.metadata.operation_id)
-        self._spent = True
+        self._undertaking.move(InitiatorEvent.POST)
 
-    async def acknowledge(
+    def drain(self) -> None:
+        """Nothing further will be posted; the ack comes when NIXL is done."""
+        self._undertaking.move(InitiatorEvent.CANCEL)
+
+    def acknowledge(
         self,
         outcome: AckOutcome,
         num_bytes: int = 0,
+        *,
         error: BaseException | None = None,
-        span: Span | None = None,
+        checksum: bytes | None = None,
+        span: Span = NO_SPAN,
     ) -> None:
-        """Publish the terminal ack."""
+        """Publish the terminal ack; it is remembered, so that a status query gets it if it is lost."""
         lanes = self._lanes
         ack = CompletionAck(
             operation_id=self.metadata.operation_id,
@@ -78,39 +116,60 @@ class Claim:
             token=self._token,
             num_bytes=num_bytes,
             fault=fault_of(error, worker_id=lanes.identity.worker_id) if error else None,
+            checksum=checksum,
         )
-        headers: dict[str, str] = {}
-        if span is not None:
-            inject(headers, span)
-        subject = lanes.subjects.ack(self.metadata.worker_id, self.metadata.operation_id)
-        await lanes.connection.publish(subject, encode(ack), headers=headers)
+        self._undertaking.ack = ack
+        self._undertaking.move(InitiatorEvent.END)
+        headers: dict[str, str] | None = None
+        if span.is_recording:
+            inject(headers := {}, span)
+        subject = self.peer.ack_prefix + self.metadata.operation_id  # of hex digits, by its type
+        try:
+            lanes.connection.publish_now(subject, encode(ack), headers=headers)
+        except BusError as failure:
+            _LOG.warning("the ack of operation %s could not be sent: %s", ack.operation_id, failure)
 
-    async def release(self) -> None:
+    def release(self) -> None:
         """Give an unspent claim back."""
-        if not self._spent:
-            self._spent = True
-            await self.acknowledge(AckOutcome.NEVER_POSTED)
+        if not self.is_spent:
+            self._undertaking.move(InitiatorEvent.CANCEL)
+            self.acknowledge(AckOutcome.NEVER_POSTED)
 
     async def __aenter__(self) -> "Claim":
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self.release()
+        self.release()
+
+
+def named_claim(lanes: Lanes, metadata: RdmaMetadata) -> Claim | None:
+    """Take up a named grant of a peer that is known: the usual case, in which nobody is asked anything.
+
+    None for every other grant: `claim` it. Raises `StaleGrant`, `ForeignGrant`, `LeaseExpired`.
+    """
+    if metadata.token is None or (peer := lanes.peers.known(metadata)) is None:
+        return None
+    deadline = _deadline(lanes, metadata)
+    return Claim(lanes, metadata, peer, metadata.token, deadline, lanes.undertakings.begin(metadata))
 
 
 async def claim(lanes: Lanes, metadata: RdmaMetadata) -> Claim:
     """Make an open grant ours, or take up a named one; the target's agent is known to NIXL then.
 
-    Raises `StaleGrant` (taken, ended, another epoch, another initiator), `NoResponders` if the target is gone, and
-    what the handshake raises. Cancelled, it gives back what the target may have granted meanwhile.
+    Raises `StaleGrant` (taken, ended, used before, another epoch), `ForeignGrant` (it names another initiator),
+    `LeaseExpired`, `NoResponders` if the target is gone, and what the handshake raises. Cancelled, it gives back what
+    the target may have granted meanwhile.
     """
-    deadline = Deadline.after(metadata.lease_ms / 1000)
-    peer = await lanes.peers.ensure(metadata.worker_id, metadata.epoch)
+    deadline = _deadline(lanes, metadata)
+    undertaking = lanes.undertakings.begin(metadata)
+    try:
+        peer = await lanes.peers.ensure(metadata)
+    except BaseException:
+        _give_up(lanes, metadata, undertaking)
+        raise
     if metadata.token is not None:
-        if metadata.initiator != lanes.identity:
-            raise StaleGrant("the grant names another initiator", operation_id=metadata.operation_id)
-        return Claim(lanes, metadata, peer, metadata.token, deadline)
-    claiming = asyncio.create_task(_ask(lanes, metadata, peer, deadline))
+        return Claim(lanes, metadata, peer, metadata.token, deadline, undertaking)
+    claiming = asyncio.create_task(_ask(lanes, metadata, peer, deadline, undertaking))
     try:
         return await asyncio.shield(claiming)
     except asyncio.CancelledError:
@@ -118,21 +177,63 @@ async def claim(lanes: Lanes, metadata: RdmaMetadata) -> Claim:
         raise
 
 
-async def _ask(lanes: Lanes, metadata: RdmaMetadata, peer: Peer, deadline: Deadline) -> Claim:
-    reply = await lanes.caller.request(
-        lanes.subjects.worker(metadata.worker_id, CLAIM_ENDPOINT),
-        ClaimRequest(operation_id=metadata.operation_id, epoch=metadata.epoch, initiator=lanes.identity),
-        ClaimReply,
-        timeout_s=max(0.001, deadline.remaining_s),
-        traced=False,
+def _deadline(lanes: Lanes, metadata: RdmaMetadata) -> Deadline:
+    deadline = Deadline.at(metadata.received_at_s + metadata.lease_ms / 1000)
+    if deadline.expired:
+        raise LeaseExpired("the grant's lease is over", peer=metadata.worker_id, operation_id=metadata.operation_id)
+    if metadata.token is not None and metadata.initiator != lanes.identity:
+        raise ForeignGrant("the grant names another initiator", operation_id=metadata.operation_id)
+    return deadline
+
+
+def _give_up(lanes: Lanes, metadata: RdmaMetadata, undertaking: Undertaking) -> None:
+    """End what never came to a claim; whoever named us is told, so that its memory is free at once."""
+    undertaking.move(InitiatorEvent.CANCEL)
+    if metadata.token is None:
+        return
+    undertaking.ack = CompletionAck(
+        operation_id=metadata.operation_id,
+        outcome=AckOutcome.NEVER_POSTED,
+        initiator=lanes.identity,
+        token=metadata.token,
     )
-    return Claim(lanes, metadata, peer, reply.token, Deadline.after(reply.lease_ms / 1000))
+    try:
+        subject = lanes.subjects.ack(metadata.worker_id, metadata.operation_id)
+        lanes.connection.publish_now(subject, encode(undertaking.ack))
+    except BusError as failure:
+        _LOG.debug("the ack of operation %s could not be sent: %s", metadata.operation_id, failure)
+
+
+async def _ask(lanes: Lanes, metadata: RdmaMetadata, peer: Peer, deadline: Deadline, undertaking: Undertaking) -> Claim:
+    request = ClaimRequest(operation_id=metadata.operation_id, epoch=metadata.epoch, initiator=lanes.identity)
+    subject = lanes.subjects.worker(metadata.worker_id, CLAIM_ENDPOINT)
+    try:
+        while True:
+            timeout_s = max(0.001, min(CLAIM_RETRY_S, deadline.remaining_s))
+            try:
+                reply = await lanes.caller.ask_peer(subject, request, ClaimReply, timeout_s=timeout_s)
+                break
+            except (DeadlineExceeded, ConnectionLost):
+                if deadline.remaining_s < CLAIM_RETRY_S / 10:
+                    raise
+                await asyncio.sleep(CLAIM_RETRY_S / 20)
+    except RemoteFault as refusal:
+        undertaking.move(InitiatorEvent.CANCEL)
+        if refusal.fault.code == FaultCode.STALE_GRANT:
+            raise StaleGrant(
+                refusal.fault.message, peer=metadata.worker_id, operation_id=metadata.operation_id
+            ) from None
+        raise
+    except BaseException:
+        undertaking.move(InitiatorEvent.CANCEL)  # from now on a query is told that nothing was posted
+        raise
+    return Claim(lanes, metadata, peer, reply.token, Deadline.after(reply.lease_ms / 1000), undertaking)
 
 
 async def _give_back(claiming: "asyncio.Task[Claim]") -> None:
     """Never cancelled: a claim that the target granted and we forgot would fence its memory past the lease."""
     try:
-        await (await claiming).release()
+        (await claiming).release()
     except BusError as error:
         _LOG.debug("a claim that nobody waits for ended: %s", error)
 

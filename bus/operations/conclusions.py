@@ -1,4 +1,4 @@
-"""What must come to its end though nobody waits for it: the acks that operations and claims still owe their targets."""
+"""What must come to its end though nobody waits for it: acks still owed, questions asked, checksums."""
 
 import asyncio
 from collections.abc import Coroutine
@@ -6,14 +6,14 @@ from typing import Any
 
 
 class Conclusions:
-    """The operations whose end is still to come; each ends with its ack, also when nobody waits for it."""
+    """Tasks that run to their end whoever still waits."""
 
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[None]] = set()
 
     @property
     def num_open(self) -> int:
-        """Operations whose target has not been told the end."""
+        """Those that have not ended."""
         return len(self._tasks)
 
     def add(self, conclusion: Coroutine[Any, Any, None]) -> None:
@@ -23,6 +23,10 @@ class Conclusions:
         task.add_done_callback(self._tasks.discard)
 
     async def close(self, timeout_s: float) -> None:
-        """Wait for all, for up to `timeout_s`."""
-        if self._tasks:
-            await asyncio.wait(self._tasks, timeout=timeout_s)
+        """Wait for all, for up to `timeout_s`, and cancel the rest."""
+        if not self._tasks:
+            return
+        _, late = await asyncio.wait(self._tasks, timeout=timeout_s)
+        for task in late:
+            task.cancel()
+        await asyncio.gather(*late, return_exceptions=True)

@@ -1,41 +1,49 @@
 """The active side of an operation: check the grant, move the bytes, publish the one terminal ack.
 
 In: a target's `RdmaMetadata` and local memory. Out: a `ReadOperation` or `WriteOperation`, awaited for its report.
-Everything that can be refused is refused before a byte moves: wrong pairing, wrong length, an expired lease, a stale
-epoch, an address outside the target's regions. Whatever happens after the claim, the target gets exactly one ack, and
-only when NIXL will not touch its memory again: so it is sent after DONE, after the drain of a cancelled transfer, or
-at once if nothing was posted. A waiter is answered at the deadline even where the drain takes longer.
+Everything that can be refused is refused before a byte moves: wrong pairing, length or layout, an expired lease, a
+stale epoch, an address outside the target's regions. Whatever happens after the claim, the target gets exactly one
+ack, and only when NIXL will not touch its memory again: so it is sent after DONE, after the drain of a cancelled
+transfer, or at once if nothing was posted. A waiter is answered at the deadline even where the drain takes longer.
 """
 
 import asyncio
-import logging
+import hmac
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from bus.data_plane.addressing import CopyPair, pair, resolve
+from bus.data_plane.addressing import AddressRange, pair, resolve
 from bus.data_plane.agent import TransferDirection
-from bus.data_plane.arena import Pinnable
-from bus.data_plane.memory import Descriptor
-from bus.data_plane.transfer import Transfer, TransferCancelled, TransferReport
+from bus.data_plane.checksum import checksum
+from bus.data_plane.memory import LocalMemory
+from bus.data_plane.transfer import Transfer, TransferCancelled, TransferPlan, TransferReport
 from bus.deadline import Deadline
-from bus.errors import BusError, DeadlineExceeded, IncompatiblePeer, LocalProtocolError
-from bus.operations.claim import Claim, Lanes, claim
-from observability import semantic_conventions as names
-from observability.active_span import Span
-from observability.tracing import start_span
-from schemas.handshake import Region
-from schemas.operations import (
-    AckOutcome,
-    MemoryExtent,
-    OperationKind,
-    RdmaMetadata,
+from bus.errors import (
+    BusError,
+    ChecksumMismatch,
+    DeadlineExceeded,
+    IncompatiblePeer,
+    LeaseExpired,
+    LocalProtocolError,
+    ReadOnlyMemory,
+    WrongLayout,
+    WrongLength,
+    WrongPairing,
 )
+from bus.operations.claim import Claim, Lanes, claim, named_claim
+from bus.operations.target import OperationStatus
+from observability import semantic_conventions as names
+from observability.active_span import NO_SPAN, Span
+from observability.tracing import is_tracing, start_span
+from schemas.handshake import Region
+from schemas.operations import AckOutcome, MemoryExtent, OperationKind, RdmaMetadata
 
 LEASE_MARGIN_S = 0.05
 """Nothing is posted this close to the end of a lease: the ack has to arrive before the target gives up."""
 
-_LOG = logging.getLogger(__name__)
+Progress = Callable[[int], None]
+"""Called on the event loop with the bytes that are done so far, after each chunk of a large transfer."""
 
 
 class OperationReport(NamedTuple):
@@ -49,61 +57,116 @@ class OperationReport(NamedTuple):
 class ActiveOperation:
     """A transfer that we began. Await it for its report."""
 
-    def __init__(self, claim: Claim, transfer: Transfer, lease: Pinnable, span: Span, started_s: float) -> None:
-        loop = asyncio.get_running_loop()
+    def __init__(self, lanes: Lanes, claim: Claim, memory: LocalMemory, ranges: Sequence[AddressRange], span: Span):
         self.metadata = claim.metadata
+        self._lanes = lanes
         self._claim = claim
-        self._transfer = transfer
-        self._lease = lease
+        self._memory = memory
+        self._ranges = ranges
         self._span = span
-        self._started_s = started_s
-        self._answer: asyncio.Future[OperationReport] = loop.create_future()
-        self._timer = loop.call_later(max(0.0, claim.deadline.remaining_s), self._on_lease_end)
+        self._loop = asyncio.get_running_loop()
+        self._started_s = time.perf_counter()
+        self._waiters: list[asyncio.Future[None]] = []
+        self._wire_ms = 0.0
+        self._is_decided = False
+        self._error: BusError | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._transfer: Transfer
 
-    def __await__(self) -> Generator[Any, None, OperationReport]:
+    def __await__(self) -> Generator[None, None, OperationReport]:
         return self.wait().__await__()
 
     async def wait(self) -> OperationReport:
         """The report of a transfer that NIXL called DONE and the target was told of.
 
-        Raises `TransferError`, `PeerLost`, `DeadlineExceeded`. Cancelling the wait cancels the operation.
+        Raises `TransferError`, `PeerLost`, `DeadlineExceeded`, `ChecksumMismatch`. Cancelling the wait cancels the
+        operation. Safe from any event loop.
         """
-        try:
-            return await asyncio.shield(self._answer)
-        except asyncio.CancelledError:
-            self.cancel()
-            raise
+        if asyncio.get_running_loop() is not self._loop:
+            return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(self.wait(), self._loop))
+        if not self._is_decided:
+            waiter = self._loop.create_future()
+            self._waiters.append(waiter)
+            try:
+                await waiter
+            except asyncio.CancelledError:
+                self.cancel()
+                raise
+        if self._error is not None:
+            raise self._error
+        return OperationReport(self._transfer.report(), self._wire_ms)
+
+    @property
+    def status(self) -> OperationStatus:
+        """Where it is, in NIXL Connect's words."""
+        if not self._is_decided:
+            return OperationStatus.IN_PROGRESS
+        if self._error is None:
+            return OperationStatus.COMPLETE
+        return OperationStatus.CANCELLED if isinstance(self._error, TransferCancelled) else OperationStatus.ERRORED
 
     def cancel(self) -> None:
         """Post nothing further; the target hears when what was posted has drained."""
-        self._give_up(TransferCancelled("the operation was cancelled", operation_id=self.metadata.operation_id))
+        error = TransferCancelled("the operation was cancelled", operation_id=self.metadata.operation_id)
+        if asyncio._get_running_loop() is not self._loop:
+            self._loop.call_soon_threadsafe(self._give_up, error)
+        else:
+            self._give_up(error)
 
-    async def conclude(self) -> None:
-        """See the transfer to its end, whoever still waits, then tell the target and our waiter. Never cancelled."""
-        await self._transfer.ended
-        self._timer.cancel()
-        self._lease.unpin()
-        wire_ms = (time.perf_counter() - self._started_s) * 1e3
+    def start(self, transfer: Transfer) -> None:
+        """Hand the transfer to the engine; its end comes by `on_transfer_end`, often before this returns."""
+        self._transfer = transfer
+        self._span.event("posted")
+        self._lanes.engine.start(transfer)
+        if not self._is_decided:
+            self._timer = self._loop.call_later(self._claim.deadline.remaining_s, self._on_lease_end)
+
+    def on_transfer_end(self) -> None:
+        """NIXL will not touch the memory any more: tell the target, then our waiter."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._wire_ms = (time.perf_counter() - self._started_s) * 1e3
         self._span.event("done")
-        try:
-            report = self._transfer.report()
-            await self._claim.acknowledge(AckOutcome.COMPLETE, report.num_bytes, span=self._span)
-            self._span.set(_measured(report, wire_ms))
-            self._resolve(OperationReport(report, wire_ms))
-        except BusError as error:
-            self._fail(error)
-            await self._acknowledge_failure(error)
-        finally:
-            self._span.end()
+        error = self._transfer.error
+        if error is not None:
+            self._conclude_failed(error)
+        elif self.metadata.checksummed:
+            self._lanes.conclusions.add(self._conclude_proved())
+        else:
+            self._conclude(None)
 
-    async def _acknowledge_failure(self, error: BusError) -> None:
+    async def _conclude_proved(self) -> None:
+        ours = await checksum(self._ranges)
+        theirs = self.metadata.checksum
+        if self.metadata.kind is OperationKind.READABLE and not hmac.compare_digest(ours, theirs or b""):
+            self._conclude_failed(
+                ChecksumMismatch(
+                    "the bytes that were read are not those that were granted",
+                    peer=self.metadata.worker_id,
+                    operation_id=self.metadata.operation_id,
+                )
+            )
+        else:
+            self._conclude(ours)
+
+    def _conclude(self, proof: bytes | None) -> None:
+        num_bytes = self._transfer.num_done_bytes
+        self._claim.acknowledge(AckOutcome.COMPLETE, num_bytes, checksum=proof, span=self._span)
+        self._memory.lease.unpin()
+        if self._span.is_recording:
+            self._span.set(_measured(self._transfer.report(), self._wire_ms))
+            self._span.event("acknowledged")
+        self._decide(None)
+        self._span.end()
+
+    def _conclude_failed(self, error: BusError) -> None:
         outcome = AckOutcome.FAILED if self._transfer.posted else AckOutcome.NEVER_POSTED
         if self._transfer.posted and isinstance(error, (DeadlineExceeded, TransferCancelled)):
             outcome = AckOutcome.DRAINED
-        try:
-            await self._claim.acknowledge(outcome, error=error, span=self._span)
-        except BusError as failure:
-            _LOG.warning("the ack of operation %s could not be sent: %s", self.metadata.operation_id, failure)
+        self._decide(error)
+        self._claim.acknowledge(outcome, error=error, span=self._span)
+        self._memory.lease.unpin()
+        self._span.end()
 
     def _on_lease_end(self) -> None:
         self._give_up(
@@ -113,19 +176,27 @@ class ActiveOperation:
         )
 
     def _give_up(self, error: BusError) -> None:
-        self._transfer.cancel()
-        self._fail(error)
+        if not self._is_decided:
+            self._transfer.cancel()
+            self._claim.drain()
+            self._decide(error)
 
-    def _resolve(self, report: OperationReport) -> None:
-        self._span.event("acknowledged")
-        if not self._answer.done():
-            self._answer.set_result(report)
-
-    def _fail(self, error: BusError) -> None:
-        if not self._answer.done():
+    def _decide(self, error: BusError | None) -> None:
+        if self._is_decided:
+            return
+        self._is_decided = True
+        self._error = error
+        if error is not None:
             self._span.fail(error)
-            self._answer.set_exception(error)
-            self._answer.exception()  # whoever cancelled may never await: that is no unhandled error
+        for waiter in self._waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+
+    async def __aenter__(self) -> "ActiveOperation":
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.cancel()
 
 
 class ReadOperation(ActiveOperation):
@@ -152,16 +223,62 @@ async def begin(
     lanes: Lanes,
     kind: OperationKind,
     grant: RdmaMetadata | Claim,
-    descriptor: Descriptor,
+    memory: LocalMemory,
+    on_progress: Progress | None = None,
 ) -> ActiveOperation:
     """Check, claim if need be, and start the one transfer that pairs with a grant of `kind`.
 
-    Raises `LocalProtocolError` for a wrong pairing or length and what `claim` raises; nothing was posted then, and a
-    claim that was ours is given back.
+    Raises `WrongPairing`, `WrongLength`, `WrongLayout`, `ReadOnlyMemory`, `LeaseExpired` and what `claim` raises;
+    nothing was posted then, and a claim that was ours is given back.
     """
     metadata = grant.metadata if isinstance(grant, Claim) else grant
-    pairing = _PAIRINGS[kind]
-    span = start_span(
+    span = _span(lanes, _PAIRINGS[kind], metadata)
+    memory.lease.pin()  # also against the registration cache, while we wait for the claim
+    try:
+        _check_pairing(metadata, kind, memory)
+        if not isinstance(grant, Claim):
+            if span.is_recording:
+                span.event("handshake" if lanes.peers.known(metadata) is None else "peer known")
+            grant = named_claim(lanes, metadata) or await claim(lanes, metadata)
+            span.event("claimed")
+        return _started(lanes, grant, memory, _PAIRINGS[kind], span, on_progress)
+    except BaseException as error:
+        memory.lease.unpin()
+        if isinstance(grant, Claim):
+            grant.release()
+        span.fail(error)
+        span.end()
+        raise
+
+
+def _started(
+    lanes: Lanes, grant: Claim, memory: LocalMemory, pairing: _Pairing, span: Span, on_progress: Progress | None
+) -> ActiveOperation:
+    metadata, peer = grant.metadata, grant.peer
+    local = resolve(memory.extents, lanes.memory.regions)
+    remote = resolve(metadata.memory, peer.regions, peer=peer.worker_id)
+    plan = TransferPlan(
+        pairing.direction,
+        pair(local, remote),
+        peer.agent_name,
+        memory.num_bytes,
+        (memory.device.memory_type, _memory_type(metadata.memory, peer.regions, peer.worker_id)),
+    )
+    post_until = Deadline(grant.deadline.at_s - LEASE_MARGIN_S)
+    if post_until.expired:
+        raise LeaseExpired("too little is left of the grant's lease", operation_id=metadata.operation_id)
+    operation = pairing.operation_type(lanes, grant, memory, local, span)
+    transfer = Transfer(plan, post_until, operation.on_transfer_end, on_progress)
+    lanes.engine.check_room()
+    grant.spend()
+    operation.start(transfer)
+    return operation
+
+
+def _span(lanes: Lanes, pairing: _Pairing, metadata: RdmaMetadata) -> Span:
+    if not is_tracing():
+        return NO_SPAN
+    return start_span(
         pairing.span_name,
         attributes={
             names.NIXL_OPERATION: pairing.direction.value,
@@ -171,58 +288,37 @@ async def begin(
             names.NIXL_AGENT_REMOTE: metadata.worker_id,
         },
     )
-    try:
-        _check_pairing(metadata, kind, descriptor)
-        if not isinstance(grant, Claim):
-            span.event("handshake" if not lanes.peers.known(metadata.worker_id, metadata.epoch) else "peer known")
-            grant = await claim(lanes, metadata)
-            span.event("claimed")
-        pairs, memory_types = await _paired(lanes, grant, descriptor)
-        grant.spend()
-    except BaseException as error:
-        span.fail(error)
-        span.end()
-        raise
-    descriptor.lease.pin()
-    span.event("posted")
-    post_until = Deadline(grant.deadline.at_s - LEASE_MARGIN_S)
-    started_s = time.perf_counter()
-    transfer = lanes.engine.start(pairing.direction, pairs, grant.peer.agent_name, post_until, memory_types)
-    operation = pairing.operation_type(grant, transfer, descriptor.lease, span, started_s)
-    lanes.conclusions.add(operation.conclude())
-    return operation
 
 
-def _check_pairing(metadata: RdmaMetadata, kind: OperationKind, descriptor: Descriptor) -> None:
+def _check_pairing(metadata: RdmaMetadata, kind: OperationKind, memory: LocalMemory) -> None:
+    operation_id = metadata.operation_id
     if metadata.kind is not kind:
-        raise LocalProtocolError(
+        raise WrongPairing(
             f"a {metadata.kind.value} grant does not pair with this operation, which needs a {kind.value} one",
-            remedy="begin_read takes the metadata of create_readable, begin_write that of create_writable",
-            operation_id=metadata.operation_id,
+            operation_id=operation_id,
         )
-    if metadata.num_bytes != descriptor.num_bytes:
-        raise LocalProtocolError(
-            f"the local memory holds {descriptor.num_bytes:,} bytes and the grant {metadata.num_bytes:,}",
-            operation_id=metadata.operation_id,
-            num_bytes=descriptor.num_bytes,
+    num_bytes = metadata.num_bytes
+    if num_bytes != memory.num_bytes:
+        raise WrongLength(
+            f"the local memory holds {memory.num_bytes:,} bytes and the grant {num_bytes:,}",
+            operation_id=operation_id,
+            num_bytes=memory.num_bytes,
         )
-
-
-async def _paired(lanes: Lanes, grant: Claim, descriptor: Descriptor) -> tuple[list[CopyPair], tuple[str, str]]:
-    try:
-        local = resolve(descriptor.extents, lanes.memory.regions)
-        remote = resolve(grant.metadata.memory, grant.peer.regions, peer=grant.peer.worker_id)
-        memory_types = (
-            _memory_type(descriptor.extents, lanes.memory.regions, ""),
-            _memory_type(grant.metadata.memory, grant.peer.regions, grant.peer.worker_id),
+    ours, theirs = memory.layout, metadata.layout
+    if ours is not None and theirs is not None and ours != theirs:
+        raise WrongLayout(
+            f"the local memory is {ours.dtype} {ours.shape} and the grant {theirs.dtype} {theirs.shape}",
+            operation_id=operation_id,
         )
-        return pair(local, remote), memory_types
-    except BaseException:
-        await grant.release()
-        raise
+    if kind is OperationKind.READABLE and not memory.is_writable:
+        raise ReadOnlyMemory("read-only memory can't be read into", operation_id=operation_id)
+    if metadata.checksummed and memory.device.memory_type != "DRAM":
+        raise LocalProtocolError("checksums are for host memory, and the grant wants one", operation_id=operation_id)
 
 
 def _memory_type(extents: Sequence[MemoryExtent], regions: Mapping[int, Region], peer: str) -> str:
+    if len(extents) == 1:
+        return regions[extents[0].region].memory_type
     types = {regions[extent.region].memory_type for extent in extents}
     if len(types) > 1:
         raise IncompatiblePeer("one operation can't mix host and device memory on one side", peer=peer)

@@ -1,145 +1,319 @@
-"""The passive side of an operation: grant memory, answer claims, wait for the one ack.
+"""The passive side of an operation: a grant of memory, the claims on it, and its waiter.
 
-In: a `Descriptor` to let a peer read or write. Out: a `ReadableOperation` or `WritableOperation`, whose `metadata`
-goes to the peer in any message, and which is awaited: it returns when the ack says complete, and raises otherwise.
-Nothing is polled: an ack, a deadline or the caller ends the wait. The descriptor's memory is pinned until nobody else
-may touch it, which can be long after the waiter was answered (`lifecycle`).
+In: memory to let peers read or write. Out: a `ReadableOperation` or `WritableOperation`, whose `metadata` goes to the
+peer in any message, and which is awaited: it returns when the ack says complete, and raises otherwise.
+Nothing is polled: an ack, a deadline, a proof of death or the caller ends the wait. An initiator whose ack is late is
+asked at a half, three quarters and nine tenths of the lease, and after that, ever more rarely, for as long as its
+claim keeps the memory fenced. The memory is pinned until nobody else may touch it, which can be long after the waiter
+was answered (`lifecycle`). Leaves out: the table of operations and who asks (`grants`).
 """
 
 import asyncio
 import hmac
-import logging
 import secrets
-from collections.abc import Callable, Generator, Mapping
-from typing import Any
+from collections.abc import Generator, Mapping
+from enum import Enum
+from typing import NamedTuple, Protocol
 
-from bus.data_plane.memory import Descriptor
+from bus.data_plane.memory import LocalMemory
 from bus.deadline import Deadline
-from bus.errors import BusError, DataPlaneError, DeadlineExceeded, LocalProtocolError, RemoteFault, StaleGrant
+from bus.errors import (
+    BusError,
+    DataPlaneError,
+    DeadlineExceeded,
+    IncompleteOperation,
+    PeerLost,
+    RemoteFault,
+    StaleGrant,
+)
 from bus.operations.lifecycle import MEMORY_FREE, WAITING, GrantEvent, GrantState, event_of, next_state
 from observability import semantic_conventions as names
 from observability.active_span import Span
 from observability.propagation import extract
-from observability.tracing import start_span
-from schemas.operations import (
-    AckOutcome,
-    ClaimReply,
-    ClaimRequest,
-    CompletionAck,
-    Initiator,
-    OperationKind,
-    RdmaMetadata,
-)
+from schemas.operations import ClaimReply, CompletionAck, Initiator, OperationKind, RdmaMetadata
 
-_LOG = logging.getLogger(__name__)
+ASK_AT = (0.5, 0.75, 0.9)
+"""Fractions of the lease at which an initiator whose ack is late is asked for it."""
+FIRST_ASK_AFTER_LEASE_S = 0.5
+LONGEST_ASK_S = 30.0
+
+
+class OperationStatus(Enum):
+    """Where an operation is, in the words of NIXL Connect."""
+
+    INITIALIZED = "initialized"
+    IN_PROGRESS = "in progress"
+    COMPLETE = "complete"
+    CANCELLED = "cancelled"
+    ERRORED = "errored"
+
+
+class PeerOutcome(NamedTuple):
+    """How one peer's share of an operation went; `ack` when it completed, `error` when it did not."""
+
+    initiator: Initiator | None
+    state: GrantState
+    ack: CompletionAck | None
+    error: BusError | None
+
+
+class Seat:
+    """One of the claims that a grant has room for."""
+
+    __slots__ = ("ack", "error", "initiator", "is_verified", "state", "token")
+
+    def __init__(self, initiator: Initiator | None, token: bytes) -> None:
+        self.initiator = initiator
+        self.token = token
+        self.state = GrantState.CLAIMED if token else GrantState.GRANTED  # a named grant may be acted on at once
+        self.ack: CompletionAck | None = None
+        self.error: BusError | None = None
+        self.is_verified = False
+
+    def is_by(self, ack: CompletionAck) -> bool:
+        """Whether an ack is of the initiator that sits here: worker, epoch and token."""
+        return bool(self.token) and ack.initiator == self.initiator and hmac.compare_digest(ack.token, self.token)
+
+
+class Listener(Protocol):
+    """What an operation tells its table."""
+
+    def quarantined(self, operation: "PassiveOperation", is_so: bool) -> None:
+        """Its waiter is answered but its memory fenced; or no longer."""
+
+    def freed(self, operation: "PassiveOperation") -> None:
+        """Nobody else may touch the memory any more."""
+
+    def ask(self, operation: "PassiveOperation", initiator: Initiator) -> None:
+        """The initiator's ack is late."""
+
+    def verify(self, operation: "PassiveOperation", seat: Seat, ack: CompletionAck) -> None:
+        """The bytes are to be held against the ack's checksum; `verified` takes the result."""
 
 
 class PassiveOperation:
     """A grant of our memory. Await it, or use it as an async context manager, which cancels it if it wasn't awaited."""
 
-    def __init__(self, metadata: RdmaMetadata, descriptor: Descriptor, deadline: Deadline, span: Span) -> None:
+    def __init__(
+        self, metadata: RdmaMetadata, memory: LocalMemory, deadline: Deadline, span: Span, listener: Listener
+    ) -> None:
+        loop = asyncio.get_running_loop()
         self.metadata = metadata
-        self.state = GrantState.GRANTED
         self.deadline = deadline
-        self._descriptor = descriptor
-        self._span = span
-        self._token = metadata.token or b""
-        self._initiator = metadata.initiator
-        self._done: asyncio.Future[CompletionAck] = asyncio.get_running_loop().create_future()
-        self._on_free: list[Callable[[], None]] = []
-        if self._token:
-            self.state = GrantState.CLAIMED  # a named grant may be acted on at once
-        descriptor.lease.pin()
-        self._timer = asyncio.get_running_loop().call_later(deadline.remaining_s, self._on_lease_end)
+        self.memory = memory
+        self.span = span
+        self._listener = listener
+        self._seats = [Seat(metadata.initiator, metadata.token or b"") for _ in range(metadata.max_claims)]
+        self._num_waiting = self._num_fenced = metadata.max_claims
+        self._waiters: list[asyncio.Future[None]] = []
+        self._is_decided = False
+        self._error: BusError | None = None
+        self._loop = loop
+        self._lease_s = deadline.remaining_s
+        self._is_quarantined = False
+        self._num_asks = 0
+        memory.lease.pin()
+        self._timer = loop.call_later(ASK_AT[0] * self._lease_s, self._on_timer)
 
-    def __await__(self) -> Generator[Any, None, CompletionAck]:
+    def __await__(self) -> Generator[None, None, CompletionAck]:
         return self.wait().__await__()
 
     async def wait(self) -> CompletionAck:
-        """The ack of a proved completion.
+        """The ack of a proved completion; with several claims, the last one, and `outcomes` has them all.
 
-        Raises `DeadlineExceeded` at the end of the lease, `RemoteFault` when the initiator failed, `StaleGrant` when
-        the grant was cancelled. Cancelling the wait cancels the operation.
+        Raises `DeadlineExceeded` at the end of the lease, `RemoteFault` when the initiator failed, `PeerLost` when its
+        process is gone, `StaleGrant` when the grant was cancelled, `ChecksumMismatch`; and `IncompleteOperation` when
+        some of several peers did not complete. Cancelling the wait cancels the operation. Safe from any event loop.
         """
-        try:
-            return await asyncio.shield(self._done)
-        except asyncio.CancelledError:
-            self.cancel()
-            raise
+        if asyncio.get_running_loop() is not self._loop:
+            return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(self.wait(), self._loop))
+        if not self._is_decided:
+            waiter = self._loop.create_future()
+            self._waiters.append(waiter)
+            try:
+                await waiter
+            except asyncio.CancelledError:
+                self.cancel()
+                raise
+        if self._error is not None:
+            raise self._error
+        ack = self._seats[-1].ack
+        assert ack is not None  # decided without an error: complete
+        return ack
+
+    @property
+    def state(self) -> GrantState:
+        """Where the grant is; of several claims, the one that is furthest from its end."""
+        return min((seat.state for seat in self._seats), key=_ORDER.index)
+
+    @property
+    def status(self) -> OperationStatus:
+        """The same in NIXL Connect's words."""
+        if not self._is_decided:
+            claimed = any(seat.state is GrantState.CLAIMED for seat in self._seats)
+            return OperationStatus.IN_PROGRESS if claimed else OperationStatus.INITIALIZED
+        if self._error is None:
+            return OperationStatus.COMPLETE
+        return OperationStatus.CANCELLED if isinstance(self._error, StaleGrant) else OperationStatus.ERRORED
+
+    @property
+    def outcomes(self) -> list[PeerOutcome]:
+        """How each claim went, in the order of the claims."""
+        return [PeerOutcome(seat.initiator, seat.state, seat.ack, seat.error) for seat in self._seats]
 
     def cancel(self) -> None:
-        """Refuse the grant from now on. Claimed memory stays fenced until the initiator's ack."""
-        self._move(GrantEvent.CANCEL)
-        self._end(StaleGrant("the operation was cancelled", operation_id=self.metadata.operation_id))
-
-    def on_free(self, callback: Callable[[], None]) -> None:
-        """Call back when nobody else may touch the memory any more."""
-        self._on_free.append(callback)
+        """Refuse the grant from now on. Claimed memory stays fenced until the initiator's ack or proved death."""
+        if asyncio._get_running_loop() is not self._loop:
+            self._loop.call_soon_threadsafe(self._cancel)
+        else:
+            self._cancel()
 
     def claim(self, initiator: Initiator) -> ClaimReply:
-        """Give the grant to `initiator`. Raises `StaleGrant` if it isn't open."""
-        if self.state is not GrantState.GRANTED:
-            raise StaleGrant(f"the grant is {self.state.value}", operation_id=self.metadata.operation_id)
-        self._token, self._initiator = secrets.token_bytes(16), initiator
-        self._move(GrantEvent.CLAIM)
-        self._span.event("claimed", {names.NIXL_AGENT_REMOTE: initiator.worker_id})
-        return ClaimReply(
-            operation_id=self.metadata.operation_id,
-            token=self._token,
-            lease_ms=max(1, self.deadline.remaining_ms),
-        )
+        """Give a seat to `initiator`, or the one that it has, once more. Raises `StaleGrant` if there is none."""
+        operation_id = self.metadata.operation_id
+        seat = next((seat for seat in self._seats if seat.initiator == initiator), None)
+        if seat is None:
+            seat = next((seat for seat in self._seats if seat.state is GrantState.GRANTED), None)
+            if seat is None:
+                raise StaleGrant(f"the grant is {self.state.value}", operation_id=operation_id)
+            seat.token, seat.initiator = secrets.token_bytes(16), initiator
+            self._move(seat, GrantEvent.CLAIM)
+            self.span.event("claimed", {names.NIXL_AGENT_REMOTE: initiator.worker_id})
+        if seat.state is not GrantState.CLAIMED:
+            raise StaleGrant(f"the claim is {seat.state.value}", operation_id=operation_id)
+        return ClaimReply(operation_id=operation_id, token=seat.token, lease_ms=max(1, self.deadline.remaining_ms))
 
     def acknowledge(self, ack: CompletionAck, headers: Mapping[str, str] | None) -> bool:
-        """Take the initiator's ack; returns whether it was ours to take (right initiator, epoch and token)."""
-        if not self._token or ack.initiator != self._initiator or not hmac.compare_digest(ack.token, self._token):
+        """Take an initiator's ack; returns whether it was one's to give (right initiator, epoch and token)."""
+        seat = next((seat for seat in self._seats if seat.is_by(ack)), None)
+        if seat is None or seat.state in MEMORY_FREE:
             return False
-        initiator_span = extract(headers)
+        initiator_span = extract(headers) if headers else None
         if initiator_span is not None:
-            self._span.link(initiator_span)
-        waiting = self.state in WAITING
-        self._move(event_of(ack.outcome))
-        if waiting:
-            self._end(self._verdict(ack), ack)
+            self.span.link(initiator_span)
+        wants_proof = self.metadata.checksummed and self.metadata.kind is OperationKind.WRITABLE
+        if wants_proof and _is_complete(ack):
+            if not seat.is_verified:
+                seat.is_verified = True  # one look, however often the ack comes
+                self._listener.verify(self, seat, ack)
+        else:
+            self.conclude(seat, ack)
         return True
 
-    def _verdict(self, ack: CompletionAck) -> BusError | None:
+    def conclude(self, seat: Seat, ack: CompletionAck, error: BusError | None = None) -> None:
+        """End a claim by its ack, or by what was found wrong with it."""
+        error = error or self._objection(ack)
+        if seat.state in WAITING:
+            seat.error = error
+            seat.ack = ack if error is None else None
+            if error is None and self.span.is_recording:
+                self.span.set({names.NIXL_OPERATION_ACKNOWLEDGED_BYTES: ack.num_bytes})
+        self._move(seat, GrantEvent.ACK_FAILED if error else GrantEvent.ACK_COMPLETE)
+        self._answer_if_decided()
+
+    def revoke(self, initiator: Initiator) -> None:
+        """The initiator says that it posted nothing and never will."""
+        self._end_claims_of(initiator, GrantEvent.ACK_FAILED, "the initiator never posted anything", DataPlaneError)
+
+    def initiator_gone(self, initiator: Initiator) -> None:
+        """The initiator's process is proved to be gone: it writes no more."""
+        self._end_claims_of(initiator, GrantEvent.INITIATOR_GONE, "the initiator's process is gone", PeerLost)
+
+    def _end_claims_of(
+        self, initiator: Initiator, event: GrantEvent, what: str, error_type: type[DataPlaneError]
+    ) -> None:
+        for seat in self._seats:
+            if seat.initiator == initiator and seat.state not in MEMORY_FREE:
+                if seat.state in WAITING:
+                    seat.error = error_type(what, peer=initiator.worker_id, operation_id=self.metadata.operation_id)
+                self._move(seat, event)
+        self._answer_if_decided()
+
+    def _cancel(self) -> None:
+        self._end_all(
+            GrantEvent.CANCEL, StaleGrant("the operation was cancelled", operation_id=self.metadata.operation_id)
+        )
+
+    def _end_all(self, event: GrantEvent, error: BusError) -> None:
+        for seat in self._seats:
+            if seat.state in WAITING:
+                seat.error = error
+                self._move(seat, event)
+        self._answer_if_decided()
+
+    def _objection(self, ack: CompletionAck) -> BusError | None:
         operation_id = self.metadata.operation_id
-        if ack.outcome is not AckOutcome.COMPLETE:
+        if not _is_complete(ack):
             if ack.fault is not None:
                 return RemoteFault(ack.fault)
             return DataPlaneError(f"the initiator gave up: {ack.outcome.value}", operation_id=operation_id)
-        if ack.num_bytes != self.metadata.num_bytes:
+        expected = self.memory.num_bytes
+        if ack.num_bytes != expected:
             return DataPlaneError(
-                f"the initiator moved {ack.num_bytes:,} of {self.metadata.num_bytes:,} bytes",
-                operation_id=operation_id,
+                f"the initiator moved {ack.num_bytes:,} of {expected:,} bytes", operation_id=operation_id
             )
         return None
 
-    def _on_lease_end(self) -> None:
-        if self.state in WAITING:
-            self._move(GrantEvent.LEASE_END)
-            self._end(DeadlineExceeded("no ack before the lease ended", operation_id=self.metadata.operation_id))
+    def _on_timer(self) -> None:
+        self._num_asks += 1
+        if not self._is_decided and self.deadline.expired:
+            self._end_all(
+                GrantEvent.LEASE_END,
+                DeadlineExceeded("no ack before the lease ended", operation_id=self.metadata.operation_id),
+            )
+        for seat in self._seats:
+            if seat.initiator is not None and seat.state in (GrantState.CLAIMED, GrantState.QUARANTINED):
+                self._listener.ask(self, seat.initiator)
+        if self._num_fenced:
+            self._timer = self._loop.call_later(self._next_look_s(), self._on_timer)
 
-    def _move(self, event: GrantEvent) -> None:
-        was_free = self.state in MEMORY_FREE
-        self.state = next_state(self.state, event)
-        if self.state in MEMORY_FREE and not was_free:
-            self._descriptor.lease.unpin()
-            for callback in self._on_free:
-                callback()
+    def _next_look_s(self) -> float:
+        if self._num_asks < len(ASK_AT):
+            return self.deadline.remaining_s - (1 - ASK_AT[self._num_asks]) * self._lease_s
+        if self._num_asks == len(ASK_AT):
+            return self.deadline.remaining_s
+        return float(min(FIRST_ASK_AFTER_LEASE_S * 2 ** min(self._num_asks - len(ASK_AT) - 1, 8), LONGEST_ASK_S))
 
-    def _end(self, error: BusError | None, ack: CompletionAck | None = None) -> None:
-        if self._done.done():
-            return
+    def _move(self, seat: Seat, event: GrantEvent) -> None:
+        before, seat.state = seat.state, next_state(seat.state, event)
+        self._num_waiting -= before in WAITING and seat.state not in WAITING
+        if before not in MEMORY_FREE and seat.state in MEMORY_FREE:
+            self._num_fenced -= 1
+            if not self._num_fenced:
+                self._free()
+
+    def _free(self) -> None:
         self._timer.cancel()
-        if error is None and ack is not None:
-            self._span.set({names.NIXL_OPERATION_ACKNOWLEDGED_BYTES: ack.num_bytes})
-            self._done.set_result(ack)
-        elif error is not None:
-            self._span.fail(error)
-            self._done.set_exception(error)
-            self._done.exception()  # whoever cancelled may never await: that is no unhandled error
-        self._span.end()
+        self._note_quarantine(False)
+        self.memory.lease.unpin()
+        self._listener.freed(self)
+
+    def _note_quarantine(self, is_so: bool) -> None:
+        if is_so is not self._is_quarantined:
+            self._is_quarantined = is_so
+            self._listener.quarantined(self, is_so)
+
+    def _answer_if_decided(self) -> None:
+        if self._num_waiting or self._is_decided:
+            return
+        self._is_decided = True
+        failures = [seat for seat in self._seats if seat.error is not None]
+        if failures:
+            self._error = failures[0].error if len(self._seats) == 1 else self._incomplete(failures)
+        for waiter in self._waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+        self.span.end(self._error)
+        if self._num_fenced:
+            self._note_quarantine(True)
+
+    def _incomplete(self, failures: list[Seat]) -> IncompleteOperation:
+        num_seats = len(self._seats)
+        return IncompleteOperation(
+            f"{num_seats - len(failures)} of {num_seats} peers completed the operation; first failure: "
+            f"{failures[0].error}",
+            operation_id=self.metadata.operation_id,
+        )
 
     async def __aenter__(self) -> "PassiveOperation":
         return self
@@ -156,79 +330,16 @@ class WritableOperation(PassiveOperation):
     """Our memory, for a peer to write."""
 
 
-class Grants:
-    """The target's table of operations: those that wait, and those whose memory is fenced."""
+_ORDER = (
+    GrantState.CLAIMED,
+    GrantState.GRANTED,
+    GrantState.QUARANTINED,
+    GrantState.FAILED,
+    GrantState.REVOKED,
+    GrantState.RELEASED,
+    GrantState.COMPLETE,
+)
 
-    def __init__(self, worker_id: str, epoch: str) -> None:
-        self._worker_id = worker_id
-        self._epoch = epoch
-        self._operations: dict[str, PassiveOperation] = {}
-        self.num_dropped_acks = 0
 
-    @property
-    def num_open(self) -> int:
-        """Operations whose memory somebody else may touch."""
-        return len(self._operations)
-
-    @property
-    def num_quarantined(self) -> int:
-        """Those among them whose waiter was answered."""
-        return sum(operation.state is GrantState.QUARANTINED for operation in self._operations.values())
-
-    def create(
-        self,
-        kind: OperationKind,
-        descriptor: Descriptor,
-        deadline: Deadline,
-        name: str,
-        initiator: Initiator | None,
-    ) -> PassiveOperation:
-        """Grant memory until `deadline`. Raises `LocalProtocolError` if that has passed."""
-        if deadline.expired:
-            raise LocalProtocolError("a grant needs time: its deadline has passed")
-        metadata = RdmaMetadata(
-            operation_id=secrets.token_hex(8),
-            kind=kind,
-            worker_id=self._worker_id,
-            epoch=self._epoch,
-            memory=list(descriptor.extents),
-            lease_ms=max(1, deadline.remaining_ms),
-            initiator=initiator,
-            token=secrets.token_bytes(16) if initiator else None,
-        )
-        wait_span = start_span(
-            f"{name}.{kind.value}",
-            attributes={
-                names.NIXL_OPERATION_ID: metadata.operation_id,
-                names.NIXL_OPERATION_GRANTED_BYTES: metadata.num_bytes,
-            },
-        )
-        operation_type = ReadableOperation if kind is OperationKind.READABLE else WritableOperation
-        operation = operation_type(metadata, descriptor, deadline, wait_span)
-        self._operations[metadata.operation_id] = operation
-        operation.on_free(lambda: self._forget(metadata.operation_id))
-        return operation
-
-    async def claim(self, request: ClaimRequest) -> ClaimReply:
-        """Answer an initiator's claim. Raises `StaleGrant` for one that is unknown, taken, or of another epoch."""
-        if request.epoch != self._epoch:
-            raise StaleGrant("the grant is of another epoch", operation_id=request.operation_id)
-        operation = self._operations.get(request.operation_id)
-        if operation is None:
-            raise StaleGrant("no such grant: it ended, or never was", operation_id=request.operation_id)
-        return operation.claim(request.initiator)
-
-    def acknowledge(self, ack: CompletionAck, headers: Mapping[str, str] | None) -> None:
-        """Hand an ack to its operation; one that is nobody's, or not its initiator's, is counted and dropped."""
-        operation = self._operations.get(ack.operation_id)
-        if operation is None or not operation.acknowledge(ack, headers):
-            self.num_dropped_acks += 1
-            _LOG.info("an ack for operation %s from %s was dropped", ack.operation_id, ack.initiator.worker_id)
-
-    def cancel_all(self) -> None:
-        """Answer every waiter; for shutdown."""
-        for operation in list(self._operations.values()):
-            operation.cancel()
-
-    def _forget(self, operation_id: str) -> None:
-        self._operations.pop(operation_id, None)
+def _is_complete(ack: CompletionAck) -> bool:
+    return event_of(ack.outcome) is GrantEvent.ACK_COMPLETE

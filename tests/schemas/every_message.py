@@ -33,6 +33,7 @@ GRANT = operations.RdmaMetadata(
 )
 INITIATOR = operations.Initiator(worker_id="prefill-1", epoch="e2")
 TOKEN = bytes(range(16))
+PROCESS = operations.ProcessIdentity(boot_id="b1", pid_namespace="pid:[1]", pid=42, start_ticks=7)
 FAULT = fault.Fault(
     code="invalid_image",
     message="the image can't be read",
@@ -70,7 +71,15 @@ EXAMPLES: dict[str, Message] = {
         request_id="r1",
         trace_id="0" * 32,
     ),
-    "handshake.request": handshake.AgentMetadataRequest(nonce=TOKEN, requester="prefill-1"),
+    "handshake.request": handshake.AgentMetadataRequest(
+        nonce=TOKEN,
+        requester="prefill-1",
+        requester_epoch="e1",
+        process=PROCESS,
+        regions=[7],
+        key_id="k1",
+        mac=b"m" * 32,
+    ),
     "handshake.reply": handshake.AgentMetadataReply(description=b"packed", key_id="k1", mac=bytes(32)),
     "handshake.description": handshake.AgentDescription(
         worker_id="decode-1",
@@ -89,6 +98,22 @@ EXAMPLES: dict[str, Message] = {
         token=TOKEN,
         num_bytes=12672,
         fault=FAULT,
+        checksum=b"s" * 16,
+    ),
+    "operation.status": operations.OperationStatusRequest(
+        operation_id=ID, worker_id="decode-1", epoch="e1", initiator=INITIATOR
+    ),
+    "operation.status_reply": operations.OperationStatusReply(
+        operation_id=ID,
+        initiator=INITIATOR,
+        state=operations.OperationState.CONCLUDED,
+        ack=operations.CompletionAck(
+            operation_id=ID, outcome=operations.AckOutcome.COMPLETE, initiator=INITIATOR, token=TOKEN, num_bytes=12672
+        ),
+    ),
+    "operation.epoch_drained": operations.EpochDrained(worker_id="prefill-1", epoch="e2", key_id="k1", mac=b"m" * 32),
+    "operation.process_reaped": operations.ProcessReaped(
+        worker_id="prefill-1", process=PROCESS, key_id="k1", mac=b"m" * 32
     ),
     "encode.request": stages.EncodeRequest(**STAGE, images=[b"\x89PNG"], embeddings=GRANT),
     "encode.reply": stages.EncodeReply(hops=HOPS, elapsed_ms=3.1),

@@ -26,6 +26,12 @@ from tests.schemas.every_message import EXAMPLES, message_types, struct_values
 GOLDEN: dict[str, str] = json.loads(Path(__file__).with_name("golden.json").read_text())
 
 
+def test_the_messages_of_the_version_before_stay_readable() -> None:
+    before = json.loads(Path(__file__).with_name("golden_of_version_1.json").read_text())
+    for tag, golden in before.items():
+        decode(bytes.fromhex(golden), type(EXAMPLES[tag]))
+
+
 def test_every_message_has_an_example_and_golden_bytes() -> None:
     assert set(message_types()) == set(EXAMPLES) == set(GOLDEN)
 

@@ -45,6 +45,6 @@ def test_a_subject_has_the_tokens_that_it_was_made_of(text: str) -> None:
 def test_only_our_protocol_is_accepted() -> None:
     check_protocol({PROTOCOL_HEADER: str(PROTOCOL_VERSION)}, required=True)
     check_protocol(None, required=False)
-    for headers in (None, {}, {PROTOCOL_HEADER: "2"}, {PROTOCOL_HEADER: ""}, {PROTOCOL_HEADER: "x" * 999}):
+    for headers in (None, {}, {PROTOCOL_HEADER: "1"}, {PROTOCOL_HEADER: ""}, {PROTOCOL_HEADER: "x" * 999}):
         with pytest.raises(WrongProtocol):
             check_protocol(headers, required=True)

@@ -64,7 +64,7 @@ async def test_a_request_gets_its_typed_reply_and_the_reply_echoes_no_header(
 
     await bus.serve(config("upper"), answer)
     assert await caller.request(subject("upper"), Ask(text="hi"), Told, timeout_s=5) == Told(text="HI")
-    headers = {"Nixlbus-Protocol": "1", "traceparent": "00-" + "1" * 32 + "-" + "2" * 16 + "-01", "Secret": "x"}
+    headers = {"Nixlbus-Protocol": "2", "traceparent": "00-" + "1" * 32 + "-" + "2" * 16 + "-01", "Secret": "x"}
     reply = await raw.request("test.upper", msgpack.packb({"text": "a"}), timeout=5, headers=headers)
     assert not reply.headers
 

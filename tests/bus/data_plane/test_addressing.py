@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bus.data_plane.addressing import AddressRange, chunks, contiguous_extent, pair, resolve, total_bytes
+from bus.data_plane.addressing import AddressRange, Cutter, contiguous_extent, pair, resolve, total_bytes
 from bus.errors import LocalProtocolError, RemoteProtocolError
 from schemas.handshake import Region
 from schemas.operations import MemoryExtent, Run
@@ -42,7 +42,9 @@ def test_pairs_and_chunks_copy_each_byte_to_its_place_once(
     expected = list(zip(byte_addresses(local), byte_addresses(remote), strict=True))
     pairs = pair(local, remote)
     assert [(p.local_address + i, p.remote_address + i) for p in pairs for i in range(p.length_bytes)] == expected
-    posts = list(chunks(pairs, chunk_bytes))
+    cutter, posts = Cutter(pairs), []
+    while not cutter.is_empty:
+        posts.append(cutter.take(chunk_bytes))
     flat = [p for post in posts for p in post]
     assert [(p.local_address + i, p.remote_address + i) for p in flat for i in range(p.length_bytes)] == expected
     sizes = [sum(p.length_bytes for p in post) for post in posts]

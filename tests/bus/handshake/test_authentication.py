@@ -5,38 +5,83 @@ import msgspec
 import pytest
 
 from bus.errors import AuthenticationError
+from bus.handshake import statements
 from bus.handshake.authentication import KeyFileError, KeyRing, write_key_file
-from schemas.handshake import AgentMetadataRequest
+from schemas.handshake import AgentDescription, AgentMetadataRequest
+from schemas.operations import Initiator, ProcessIdentity
 
-REQUEST = AgentMetadataRequest(nonce=bytes(16), requester="prefill-1")
+ASKING = Initiator(worker_id="prefill-1", epoch="e1")
+PROCESS = ProcessIdentity(boot_id="b", pid_namespace="n", pid=1, start_ticks=2)
+DESCRIPTION = AgentDescription(
+    worker_id="decode-1", epoch="e9", agent_name="decode-1-e9", agent_metadata=b"metadata", regions=[]
+)
 OLD, NEW = ("old", b"o" * 32), ("new", b"n" * 32)
+replaced = msgspec.structs.replace
 
 
-def test_a_proof_holds_for_its_request_and_bytes_alone() -> None:
+def ask(keys: KeyRing, peer: str = "decode-1") -> AgentMetadataRequest:
+    return statements.question(keys, ASKING, PROCESS, peer, [])
+
+
+def test_an_answer_holds_for_its_question_and_bytes_alone() -> None:
     ring = KeyRing((OLD,))
-    reply = ring.sign(REQUEST, b"description")
-    assert ring.verify(REQUEST, reply, peer="w") == b"description"
+    request = ask(ring)
+    reply = statements.answer(ring, request, DESCRIPTION)
+    assert statements.proved_description(ring, request, reply, "decode-1") == DESCRIPTION
     for forged in (
-        msgspec.structs.replace(reply, description=b"Description"),
-        msgspec.structs.replace(reply, mac=bytes(32)),
-        msgspec.structs.replace(reply, key_id="other"),
+        replaced(reply, description=reply.description + b"x"),
+        replaced(reply, mac=bytes(32)),
+        replaced(reply, key_id="other"),
     ):
         with pytest.raises(AuthenticationError):
-            ring.verify(REQUEST, forged, peer="w")
-    for other in (
-        msgspec.structs.replace(REQUEST, nonce=b"1" * 16),
-        msgspec.structs.replace(REQUEST, requester="prefill-2"),
+            statements.proved_description(ring, request, forged, "decode-1")
+    for other in (ask(ring), replaced(request, requester="prefill-2")):
+        with pytest.raises(AuthenticationError):
+            statements.proved_description(ring, other, reply, "decode-1")
+
+
+def test_a_question_holds_for_its_asker_its_process_and_the_asked_alone() -> None:
+    ring = KeyRing((OLD,))
+    request = ask(ring)
+    statements.check_question(ring, request, "decode-1")
+    with pytest.raises(AuthenticationError):
+        statements.check_question(ring, request, "decode-2")
+    for forged in (
+        replaced(request, requester="prefill-2"),
+        replaced(request, requester_epoch="e2"),
+        replaced(request, process=replaced(PROCESS, pid=9)),
+        replaced(request, regions=[1]),
+        replaced(request, nonce=b"1" * 16),
+        AgentMetadataRequest(nonce=bytes(16), requester="prefill-1"),  # as the version before asked
     ):
         with pytest.raises(AuthenticationError):
-            ring.verify(other, reply, peer="w")
+            statements.check_question(ring, forged, "decode-1")
+
+
+def test_a_last_word_and_a_report_hold_for_those_they_name_alone() -> None:
+    ring, stranger = KeyRing((OLD,)), KeyRing((NEW,))
+    last_word = statements.epoch_drained(ring, ASKING)
+    assert statements.check_epoch_drained(ring, last_word) == ASKING
+    report = statements.process_reaped(ring, "prefill-1", PROCESS)
+    statements.check_process_reaped(ring, report)
+    for forged_word in (replaced(last_word, epoch="e2"), statements.epoch_drained(stranger, ASKING)):
+        with pytest.raises(AuthenticationError):
+            statements.check_epoch_drained(ring, forged_word)
+    for forged_report in (
+        replaced(report, worker_id="prefill-2"),
+        replaced(report, process=replaced(PROCESS, start_ticks=3)),
+        replaced(report, mac=last_word.mac),
+    ):
+        with pytest.raises(AuthenticationError):
+            statements.check_process_reaped(ring, forged_report)
 
 
 def test_two_keys_serve_while_they_rotate() -> None:
     before, during, after = KeyRing((OLD,)), KeyRing((NEW, OLD)), KeyRing((NEW,))
-    assert during.verify(REQUEST, before.sign(REQUEST, b"d"), peer="w") == b"d"
-    assert after.verify(REQUEST, during.sign(REQUEST, b"d"), peer="w") == b"d"
+    statements.check_question(during, ask(before), "decode-1")
+    statements.check_question(after, ask(during), "decode-1")
     with pytest.raises(AuthenticationError):
-        after.verify(REQUEST, before.sign(REQUEST, b"d"), peer="w")
+        statements.check_question(after, ask(before), "decode-1")
 
 
 def test_a_key_file_is_the_owner_s_alone_and_kept(tmp_path: Path) -> None:

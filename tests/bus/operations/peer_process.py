@@ -59,7 +59,7 @@ async def act(bus: Bus, request: Act) -> Acted:
     if request.manner.startswith("claim"):
         claim = await bus.claim(grant)
         if request.manner == "claim and release":
-            await claim.release()
+            claim.release()
         return Acted()
     extra = 1 if request.manner == "wrong length" else 0
     with bus.arena.allocate([grant.num_bytes + extra], torch.uint8) as local:
@@ -70,7 +70,7 @@ async def act(bus: Bus, request: Act) -> Acted:
         claim = await bus.claim(grant)
         if request.manner == "fail":
             claim.spend()
-            await claim.acknowledge(AckOutcome.FAILED, error=ValueError("the peer's own trouble"))
+            claim.acknowledge(AckOutcome.FAILED, error=ValueError("the peer's own trouble"))
             return Acted()
         report = await (await bus.begin_write(claim, local.descriptor))
         return Acted(num_bytes=report.transfer.num_bytes)

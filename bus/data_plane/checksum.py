@@ -1,0 +1,29 @@
+"""Checksums of an operation's bytes, where both sides want more than NIXL's DONE.
+
+In: address ranges of host memory, in their order. Out: XXH3 with 128 bits. Computed in a thread: 64 MiB take some
+10 ms, and xxhash lets the event loop run meanwhile. The caller keeps the memory alive.
+"""
+
+import asyncio
+import ctypes
+from collections.abc import Sequence
+
+from bus.data_plane.addressing import AddressRange
+
+_PIECE_BYTES = 4 << 20
+
+
+async def checksum(ranges: Sequence[AddressRange]) -> bytes:
+    """16 bytes that stand for the memory's contents now."""
+    return await asyncio.to_thread(_digest, ranges)
+
+
+def _digest(ranges: Sequence[AddressRange]) -> bytes:
+    import xxhash
+
+    state = xxhash.xxh3_128()
+    for part in ranges:
+        for offset in range(0, part.length_bytes, _PIECE_BYTES):
+            length = min(_PIECE_BYTES, part.length_bytes - offset)
+            state.update((ctypes.c_char * length).from_address(part.address + offset))
+    return bytes(state.digest())

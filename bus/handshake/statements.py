@@ -1,0 +1,85 @@
+"""What workers tell each other under the shared key, and how each statement is signed and checked.
+
+In: a `KeyRing` and the fields of a message. Out: the signed message; or, for one that arrived, proof of it.
+Every field that is acted upon is covered. Pure but for the nonce's randomness.
+"""
+
+import secrets
+from collections.abc import Sequence
+
+import msgspec
+
+from bus.errors import AuthenticationError, RemoteProtocolError
+from bus.handshake.authentication import KeyRing
+from schemas.codec import MessageError, decode, encode
+from schemas.handshake import UNSIGNED, AgentDescription, AgentMetadataReply, AgentMetadataRequest
+from schemas.operations import EpochDrained, Initiator, ProcessIdentity, ProcessReaped
+
+_QUESTION, _ANSWER, _DRAINED, _REAPED = b"question", b"answer", b"epoch drained", b"process reaped"
+
+
+def question(
+    keys: KeyRing, identity: Initiator, process: ProcessIdentity, peer: str, regions: Sequence[int]
+) -> AgentMetadataRequest:
+    """Ask `peer` who it is."""
+    unsigned = AgentMetadataRequest(
+        nonce=secrets.token_bytes(16),
+        requester=identity.worker_id,
+        requester_epoch=identity.epoch,
+        process=process,
+        regions=list(regions),
+    )
+    key_id, mac = keys.sign(_QUESTION, peer.encode(), encode(unsigned))
+    return msgspec.structs.replace(unsigned, key_id=key_id, mac=mac)
+
+
+def check_question(keys: KeyRing, request: AgentMetadataRequest, own_id: str) -> None:
+    """Whether a member asked, and asked us. Raises `AuthenticationError`."""
+    unsigned = msgspec.structs.replace(request, key_id="", mac=UNSIGNED)
+    keys.verify((request.key_id, request.mac), _QUESTION, own_id.encode(), encode(unsigned), peer=request.requester)
+    if request.process is None:
+        raise AuthenticationError("the requester does not say which process it is", peer=request.requester)
+
+
+def answer(keys: KeyRing, request: AgentMetadataRequest, description: AgentDescription) -> AgentMetadataReply:
+    """A description with its proof, for this question alone."""
+    packed = encode(description)
+    key_id, mac = keys.sign(_ANSWER, request.nonce, request.requester.encode(), packed)
+    return AgentMetadataReply(description=packed, key_id=key_id, mac=mac)
+
+
+def proved_description(
+    keys: KeyRing, request: AgentMetadataRequest, reply: AgentMetadataReply, peer: str
+) -> AgentDescription:
+    """A peer's description, decoded once its proof holds. Raises `AuthenticationError`, `RemoteProtocolError`."""
+    parts = (request.nonce, request.requester.encode(), reply.description)
+    keys.verify((reply.key_id, reply.mac), _ANSWER, *parts, peer=peer)
+    try:
+        return decode(reply.description, AgentDescription)
+    except MessageError as error:
+        raise RemoteProtocolError(f"the peer's description is malformed: {error}", peer=peer) from None
+
+
+def epoch_drained(keys: KeyRing, identity: Initiator) -> EpochDrained:
+    """Our last word."""
+    key_id, mac = keys.sign(_DRAINED, identity.worker_id.encode(), identity.epoch.encode())
+    return EpochDrained(worker_id=identity.worker_id, epoch=identity.epoch, key_id=key_id, mac=mac)
+
+
+def check_epoch_drained(keys: KeyRing, message: EpochDrained) -> Initiator:
+    """Whose last word it is. Raises `AuthenticationError`."""
+    parts = (message.worker_id.encode(), message.epoch.encode())
+    keys.verify((message.key_id, message.mac), _DRAINED, *parts, peer=message.worker_id)
+    return Initiator(worker_id=message.worker_id, epoch=message.epoch)
+
+
+def process_reaped(keys: KeyRing, worker_id: str, process: ProcessIdentity) -> ProcessReaped:
+    """A supervisor's report."""
+    key_id, mac = keys.sign(_REAPED, worker_id.encode(), msgspec.msgpack.encode(process))
+    return ProcessReaped(worker_id=worker_id, process=process, key_id=key_id, mac=mac)
+
+
+def check_process_reaped(keys: KeyRing, message: ProcessReaped) -> None:
+    """Whether a member says so. Raises `AuthenticationError`."""
+    parts = (message.worker_id.encode(), msgspec.msgpack.encode(message.process))
+    keys.verify((message.key_id, message.mac), _REAPED, *parts, peer=message.worker_id)

@@ -1,0 +1,240 @@
+"""The target's table of operations: those that wait, and those whose memory is fenced.
+
+In: memory to grant; claims, acks, answers to status queries and proofs of death from elsewhere. Out: operations, and
+their ends. An ack that is nobody's, or not its initiator's, is counted and dropped: else any worker could complete
+another's operation. Fenced memory is bounded: past the bound nothing more is granted and the worker is not ready.
+"""
+
+import asyncio
+import hmac
+import logging
+import secrets
+from collections.abc import Awaitable, Callable, Mapping
+from typing import NamedTuple
+
+from bus.data_plane.addressing import resolve
+from bus.data_plane.checksum import checksum
+from bus.data_plane.memory import LocalMemory, RegisteredMemory
+from bus.deadline import Deadline
+from bus.errors import ChecksumMismatch, LocalProtocolError, PoolExhausted, ReadOnlyMemory, StaleGrant
+from bus.operations.conclusions import Conclusions
+from bus.operations.target import PassiveOperation, ReadableOperation, Seat, WritableOperation
+from observability import semantic_conventions as names
+from observability.active_span import NO_SPAN, Span
+from observability.tracing import is_tracing, start_span
+from schemas.operations import (
+    MAX_CLAIMS,
+    ClaimReply,
+    ClaimRequest,
+    CompletionAck,
+    Initiator,
+    OperationKind,
+    OperationState,
+    OperationStatusReply,
+    OperationStatusRequest,
+    RdmaMetadata,
+)
+
+_LOG = logging.getLogger(__name__)
+
+AskInitiator = Callable[[OperationStatusRequest], Awaitable[OperationStatusReply | None]]
+"""Sends a status query; None when nobody answered, which proves nothing."""
+
+
+class GrantTerms(NamedTuple):
+    """What a grant says besides its memory."""
+
+    kind: OperationKind
+    deadline: Deadline
+    name: str = "nixl"
+    """Of the wait's span."""
+    initiator: Initiator | None = None
+    max_claims: int = 1
+    checksum: bool = False
+
+
+class QuarantineBound(NamedTuple):
+    """How much memory may be fenced before the worker stops granting."""
+
+    num_bytes: int
+    num_operations: int
+
+
+class Grants:
+    """The table; a `target.Listener`. Of one event loop."""
+
+    def __init__(
+        self,
+        identity: Initiator,
+        memory: RegisteredMemory,
+        bound: QuarantineBound,
+        ask_initiator: AskInitiator,
+        conclusions: Conclusions,
+    ) -> None:
+        self._identity = identity
+        self._memory = memory
+        self._bound = bound
+        self._ask_initiator = ask_initiator
+        self._conclusions = conclusions
+        self._operations: dict[str, PassiveOperation] = {}
+        self._asked: set[str] = set()
+        self.overrun: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        """Resolves, with the numbers, when more is fenced than the bound allows."""
+        self.num_quarantined = 0
+        self.quarantined_bytes = 0
+        self.num_dropped_acks = 0
+        self.num_recovered_acks = 0
+        """Acks that a status query brought back."""
+
+    @property
+    def num_open(self) -> int:
+        """Operations whose memory somebody else may touch."""
+        return len(self._operations)
+
+    async def create(self, memory: LocalMemory, terms: GrantTerms) -> PassiveOperation:
+        """Grant memory. Raises `LocalProtocolError`, `ReadOnlyMemory`, and `PoolExhausted` when too much is fenced."""
+        self._check(memory, terms)
+        proof = None
+        if terms.checksum and terms.kind is OperationKind.READABLE:
+            proof = await checksum(resolve(memory.extents, self._memory.regions))
+        named = terms.initiator
+        random = secrets.token_bytes(24)
+        metadata = RdmaMetadata(
+            operation_id=random[:8].hex(),
+            kind=terms.kind,
+            worker_id=self._identity.worker_id,
+            epoch=self._identity.epoch,
+            memory=list(memory.extents),
+            lease_ms=max(1, terms.deadline.remaining_ms),
+            initiator=named,
+            token=random[8:] if named else None,
+            layout=memory.layout,
+            max_claims=terms.max_claims,
+            checksummed=terms.checksum,
+            checksum=proof,
+        )
+        return self._add(metadata, memory, terms)
+
+    def claim(self, request: ClaimRequest) -> ClaimReply:
+        """Answer an initiator's claim. Raises `StaleGrant` for one that is unknown, taken, or of another epoch."""
+        if request.epoch != self._identity.epoch:
+            raise StaleGrant("the grant is of another epoch", operation_id=request.operation_id)
+        operation = self._operations.get(request.operation_id)
+        if operation is None:
+            raise StaleGrant("no such grant: it ended, or never was", operation_id=request.operation_id)
+        return operation.claim(request.initiator)
+
+    def acknowledge(self, ack: CompletionAck, headers: Mapping[str, str] | None = None) -> None:
+        """Hand an ack to its operation; one that is nobody's is counted and dropped."""
+        operation = self._operations.get(ack.operation_id)
+        if operation is None or not operation.acknowledge(ack, headers):
+            self.num_dropped_acks += 1
+            _LOG.info("an ack for operation %s from %s was dropped", ack.operation_id, ack.initiator.worker_id)
+
+    def initiator_gone(self, initiator: Initiator) -> None:
+        """A process is proved to be gone, or its epoch drained: end its claims and free what they fenced."""
+        for operation in list(self._operations.values()):
+            operation.initiator_gone(initiator)
+
+    def cancel_all(self) -> None:
+        """Answer every waiter; for shutdown."""
+        for operation in list(self._operations.values()):
+            operation.cancel()
+
+    def quarantined(self, operation: PassiveOperation, is_so: bool) -> None:
+        """Count fenced memory; see `Listener`."""
+        self.num_quarantined += 1 if is_so else -1
+        self.quarantined_bytes += operation.memory.num_bytes if is_so else -operation.memory.num_bytes
+        if self.is_overrun and not self.overrun.done():
+            self.overrun.set_result(self._overrun_text())
+
+    def freed(self, operation: PassiveOperation) -> None:
+        """Forget an operation; see `Listener`."""
+        self._operations.pop(operation.metadata.operation_id, None)
+
+    def ask(self, operation: PassiveOperation, initiator: Initiator) -> None:
+        """Ask an initiator what became of an operation, once at a time; see `Listener`."""
+        key = f"{operation.metadata.operation_id}.{initiator.worker_id}"
+        if key not in self._asked:
+            self._asked.add(key)
+            self._conclusions.add(self._ask(operation, initiator, key))
+
+    def verify(self, operation: PassiveOperation, seat: Seat, ack: CompletionAck) -> None:
+        """Hold the bytes against the ack's checksum, off the loop; see `Listener`."""
+        self._conclusions.add(self._verify(operation, seat, ack))
+
+    @property
+    def is_overrun(self) -> bool:
+        """Whether more is fenced than the bound allows."""
+        return self.quarantined_bytes > self._bound.num_bytes or self.num_quarantined > self._bound.num_operations
+
+    def _overrun_text(self) -> str:
+        return (
+            f"{self.quarantined_bytes:,} bytes of {self.num_quarantined} operations are fenced, for peers that may "
+            f"still write; the bound is {self._bound.num_bytes:,} bytes and {self._bound.num_operations} operations"
+        )
+
+    def _check(self, memory: LocalMemory, terms: GrantTerms) -> None:
+        if terms.deadline.expired:
+            raise LocalProtocolError("a grant needs time: its deadline has passed")
+        if terms.kind is OperationKind.WRITABLE and not memory.is_writable:
+            raise ReadOnlyMemory("read-only memory can't be granted for writing", num_bytes=memory.num_bytes)
+        if not 1 <= terms.max_claims <= MAX_CLAIMS:
+            raise LocalProtocolError(f"max_claims is {terms.max_claims}; it can be 1 to {MAX_CLAIMS}")
+        if terms.max_claims > 1 and (terms.kind is OperationKind.WRITABLE or terms.initiator):
+            raise LocalProtocolError(
+                "several claims are for open, readable grants: two writers of one memory would mix their bytes",
+                remedy="create one writable operation for each writer",
+            )
+        if terms.checksum and memory.device.memory_type != "DRAM":
+            raise LocalProtocolError("checksums are for host memory", remedy="leave checksum off for device memory")
+        if self.is_overrun:
+            raise PoolExhausted(self._overrun_text(), remedy="restart the worker, or find the peers that hang")
+
+    def _add(self, metadata: RdmaMetadata, memory: LocalMemory, terms: GrantTerms) -> PassiveOperation:
+        operation_type = ReadableOperation if terms.kind is OperationKind.READABLE else WritableOperation
+        operation = operation_type(metadata, memory, terms.deadline, _wait_span(metadata, memory, terms), self)
+        self._operations[metadata.operation_id] = operation
+        return operation
+
+    async def _ask(self, operation: PassiveOperation, initiator: Initiator, key: str) -> None:
+        try:
+            reply = await self._ask_initiator(
+                OperationStatusRequest(
+                    operation_id=operation.metadata.operation_id,
+                    worker_id=self._identity.worker_id,
+                    epoch=self._identity.epoch,
+                    initiator=initiator,
+                )
+            )
+        finally:
+            self._asked.discard(key)
+        if reply is None or reply.initiator != initiator:  # silence, or another epoch, proves nothing
+            return
+        if reply.state is OperationState.REFUSED:
+            operation.revoke(initiator)
+        elif reply.ack is not None and operation.acknowledge(reply.ack, None):
+            self.num_recovered_acks += 1
+
+    async def _verify(self, operation: PassiveOperation, seat: Seat, ack: CompletionAck) -> None:
+        ours = await checksum(resolve(operation.memory.extents, self._memory.regions))
+        error = None
+        if ack.checksum is None or not hmac.compare_digest(ours, ack.checksum):
+            error = ChecksumMismatch(
+                "the bytes that arrived are not those that were sent",
+                peer=ack.initiator.worker_id,
+                operation_id=ack.operation_id,
+            )
+        operation.conclude(seat, ack, error)
+
+
+def _wait_span(metadata: RdmaMetadata, memory: LocalMemory, terms: GrantTerms) -> Span:
+    if not is_tracing():
+        return NO_SPAN
+    return start_span(
+        f"{terms.name}.{terms.kind.value}",
+        attributes={
+            names.NIXL_OPERATION_ID: metadata.operation_id,
+            names.NIXL_OPERATION_GRANTED_BYTES: memory.num_bytes,
+        },
+    )
