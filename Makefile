@@ -9,10 +9,10 @@ INSTALL := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet 
 demo: $(VENV)/.run-ready  ## one request through a graph of five processes, with its trace
 	$(BIN)/nixlbus demo
 
-test: $(VENV)/.dev-ready  ## the tests
+test: $(VENV)/.dev-ready $(VENV)-dynamo/.ready  ## the tests
 	$(BIN)/python -m pytest -m "not full and not gpu"
 
-test-full: $(VENV)/.dev-ready  ## and the longer soaks and sweeps
+test-full: $(VENV)/.dev-ready $(VENV)-dynamo/.ready  ## and the longer soaks and sweeps
 	$(BIN)/python -m pytest
 
 check: lint test  ## format, lint, types, layers, tests
@@ -34,7 +34,7 @@ eval: $(VENV)/.dev-ready  ## the 360 held-out digits, through the graph
 	$(BIN)/python -m benchmarks.accuracy
 
 clean:
-	rm -rf $(VENV) build dist results *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(VENV)-dynamo build dist results *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
 $(VENV)/.run-ready: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(INSTALL) -e '.[embedded,http]'
@@ -43,6 +43,11 @@ $(VENV)/.run-ready: pyproject.toml constraints.txt | $(VENV)/bin/python
 $(VENV)/.dev-ready: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(INSTALL) -e '.[dev]'
 	touch $@ $(VENV)/.run-ready
+
+$(VENV)-dynamo/.ready: tests/bus/interop/requirements.txt  # NVIDIA's library, apart: its pins don't bind ours
+	$(PYTHON) -m venv $(VENV)-dynamo
+	PIP_DISABLE_PIP_VERSION_CHECK=1 $(VENV)-dynamo/bin/python -m pip install --quiet -r $<
+	touch $@
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "nixlbus needs Python 3.11 or later")'

@@ -22,9 +22,10 @@ from bus.control_plane.peer_service import typed
 from bus.data_lane import REAPED_EVENT, DataLane
 from bus.data_plane.memory import RegisteredMemory, TensorArena
 from bus.deadline import Deadline
-from bus.errors import BusError, LocalProtocolError
+from bus.errors import AuthenticationError, BusError, LocalProtocolError
 from bus.handshake import exchange, statements
 from bus.handshake.authentication import KeyRing
+from bus.operations import dynamo
 from bus.operations.claim import Claim, PendingClaim, claim
 from bus.operations.grants import GrantTerms
 from bus.operations.initiator import (
@@ -38,6 +39,7 @@ from bus.operations.initiator import (
 from bus.operations.target import PassiveOperation, ReadableOperation, WritableOperation
 from observability.active_span import Span
 from schemas.codec import encode
+from schemas.dynamo import DynamoMetadata
 from schemas.handshake import AgentMetadataRequest
 from schemas.message import Message
 from schemas.operations import Initiator, OperationKind, ProcessIdentity, RdmaMetadata
@@ -45,6 +47,9 @@ from schemas.subjects import Subject, Subjects
 
 LocalData = Any
 """Local memory of an operation: what `RegisteredMemory.describe` takes."""
+
+Remote = RdmaMetadata | Claim | DynamoMetadata
+"""What an operation is begun with."""
 
 T = TypeVar("T")
 M = TypeVar("M", bound=Message)
@@ -218,16 +223,20 @@ class Bus:
         initiator: Initiator | None = None,
         max_claims: int = 1,
         checksum: bool | None = None,
+        allow_unauthenticated: bool = False,
     ) -> ReadableOperation:
         """Let peers read `local`; send the operation's `metadata` to them in any message, and await the operation.
 
         `local`: a tensor, an array, a bytes-like, a `Descriptor`, an `ArenaTensor`, or a list of these. `lease_s`: how
         long the grant lasts (`BusConfig.operation_lease_s`). `initiator`: who may; without it the first `max_claims`
-        workers to claim it. `checksum`: whether the reader proves what it got. `name`: of the wait's span.
+        workers to claim it. `checksum`: whether the reader proves what it got. `allow_unauthenticated`: for a
+        `dynamo.nixl_connect` initiator, see `ReadableOperation.to_dynamo`. `name`: of the wait's span.
 
         Raises `NotContiguous`, `InvalidDescriptor`, `LocalProtocolError`, `PoolExhausted`. From any event loop.
         """
-        terms = self._terms(OperationKind.READABLE, lease_s, checksum, name, initiator, max_claims)
+        terms = self._terms(OperationKind.READABLE, lease_s, checksum)._replace(
+            name=name, initiator=initiator, max_claims=max_claims, allow_unauthenticated=allow_unauthenticated
+        )
         operation = await self._at_home(self._grant(local, terms))
         assert isinstance(operation, ReadableOperation)
         return operation
@@ -240,12 +249,15 @@ class Bus:
         lease_s: float | None = None,
         initiator: Initiator | None = None,
         checksum: bool | None = None,
+        allow_unauthenticated: bool = False,
     ) -> WritableOperation:
         """Let a peer write `local`; send the operation's `metadata` to it in any message, and await the operation.
 
         Arguments as for `create_readable`. Raises the same, and `ReadOnlyMemory`. From any event loop.
         """
-        terms = self._terms(OperationKind.WRITABLE, lease_s, checksum, name, initiator)
+        terms = self._terms(OperationKind.WRITABLE, lease_s, checksum)._replace(
+            name=name, initiator=initiator, allow_unauthenticated=allow_unauthenticated
+        )
         operation = await self._at_home(self._grant(local, terms))
         assert isinstance(operation, WritableOperation)
         return operation
@@ -259,23 +271,39 @@ class Bus:
         return PendingClaim(self._lane().lanes, metadata)
 
     async def begin_read(
-        self, remote: RdmaMetadata | Claim, local: LocalData, *, on_progress: Progress | None = None
+        self,
+        remote: Remote,
+        local: LocalData,
+        *,
+        on_progress: Progress | None = None,
+        allow_unauthenticated: bool = False,
     ) -> ReadOperation:
         """Read the memory of a peer's `create_readable` into `local`; await the operation.
 
-        `on_progress` is told the bytes that are done, after each chunk of a large transfer. Raises `WrongPairing`,
-        `WrongLength`, `WrongLayout`, `ReadOnlyMemory`, `StaleGrant`, `ForeignGrant`, `LeaseExpired`, `NoResponders`,
-        `AuthenticationError`; nothing was posted then. From any event loop.
+        `remote`: the peer's metadata, a `Claim` on it, or with `allow_unauthenticated` what `RdmaMetadata.from_dynamo`
+        returns. `on_progress` is told the bytes that are done, after each chunk of a large transfer.
+
+        Raises `WrongPairing`, `WrongLength`, `WrongLayout`, `ReadOnlyMemory`, `StaleGrant`, `ForeignGrant`,
+        `LeaseExpired`, `NoResponders`, `AuthenticationError`; nothing was posted then. From any event loop.
         """
-        operation = await self._at_home(self._begin(OperationKind.READABLE, remote, local, on_progress))
+        operation = await self._at_home(
+            self._begin(OperationKind.READABLE, remote, local, on_progress, allow_unauthenticated)
+        )
         assert isinstance(operation, ReadOperation)
         return operation
 
     async def begin_write(
-        self, remote: RdmaMetadata | Claim, local: LocalData, *, on_progress: Progress | None = None
+        self,
+        remote: Remote,
+        local: LocalData,
+        *,
+        on_progress: Progress | None = None,
+        allow_unauthenticated: bool = False,
     ) -> WriteOperation:
         """Write `local` into the memory of a peer's `create_writable`; await the operation. As `begin_read`."""
-        operation = await self._at_home(self._begin(OperationKind.WRITABLE, remote, local, on_progress))
+        operation = await self._at_home(
+            self._begin(OperationKind.WRITABLE, remote, local, on_progress, allow_unauthenticated)
+        )
         assert isinstance(operation, WriteOperation)
         return operation
 
@@ -304,18 +332,9 @@ class Bus:
         counters |= {f"nats_{name}": value for name, value in self._connection.statistics().items()}
         return counters | (self._data_plane.stats() if self._data_plane else {})
 
-    def _terms(
-        self,
-        kind: OperationKind,
-        lease_s: float | None,
-        checksum: bool | None,
-        name: str,
-        initiator: Initiator | None,
-        max_claims: int = 1,
-    ) -> GrantTerms:
+    def _terms(self, kind: OperationKind, lease_s: float | None, checksum: bool | None) -> GrantTerms:
         deadline = Deadline.after(self.config.operation_lease_s if lease_s is None else lease_s)
-        proved = self.config.checksum if checksum is None else checksum
-        return GrantTerms(kind, deadline, name, initiator, max_claims, proved)
+        return GrantTerms(kind, deadline, checksum=self.config.checksum if checksum is None else checksum)
 
     async def _grant(self, local: LocalData, terms: GrantTerms) -> PassiveOperation:
         lane = self._lane()
@@ -324,12 +343,21 @@ class Bus:
     async def _begin(
         self,
         kind: OperationKind,
-        remote: RdmaMetadata | Claim,
+        remote: Remote,
         local: LocalData,
         on_progress: Progress | None,
+        allow_unauthenticated: bool,
     ) -> ActiveOperation:
         lane = self._lane()
-        return await begin(lane.lanes, kind, remote, lane.memory.describe(local), on_progress)
+        memory = lane.memory.describe(local)
+        if not isinstance(remote, DynamoMetadata):
+            return await begin(lane.lanes, kind, remote, memory, on_progress)
+        if not allow_unauthenticated:
+            raise AuthenticationError(
+                "Dynamo's metadata carries no proof of who made it",
+                remedy="pass allow_unauthenticated=True if whoever can send it may crash this process",
+            )
+        return await dynamo.begin(lane.lanes, kind, remote, memory, self.config.operation_lease_s, on_progress)
 
     async def _at_home(self, work: Coroutine[Any, Any, T]) -> T:
         """Run `work` on the event loop that the bus lives on, whichever loop and thread the caller is on."""

@@ -62,7 +62,9 @@ class DataLane:
             QuarantineBound(config.quarantine_bytes or config.arena_bytes // 2, config.quarantine_operations),
             self._ask_initiator,
             lanes.conclusions,
+            lanes.engine,
         )
+        lanes.engine.on_notification = self.grants.notified
         self._keys = keys
         self._watch = watch
         self._members: OrderedDict[Initiator, ProcessIdentity] = OrderedDict()

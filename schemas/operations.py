@@ -11,6 +11,7 @@ from typing import Annotated
 
 from msgspec import Meta
 
+from schemas.dynamo import DynamoMetadata
 from schemas.fault import Fault
 from schemas.message import Message, Part
 
@@ -123,6 +124,14 @@ class RdmaMetadata(Message, frozen=True, kw_only=True, dict=True, tag="operation
 
     def __post_init__(self) -> None:
         self.__dict__["received_at_s"] = time.monotonic()
+
+    @staticmethod
+    def from_dynamo(text: str | bytes) -> DynamoMetadata:
+        """Parse the metadata of a `dynamo.nixl_connect` target, for `begin_read` or `begin_write`.
+
+        It is no grant: it carries no proof, lease or claim. Raises `InvalidMessage`.
+        """
+        return DynamoMetadata.from_json(text)
 
     @property
     def received_at_s(self) -> float:

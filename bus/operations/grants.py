@@ -15,10 +15,12 @@ from typing import NamedTuple
 from bus.data_plane.addressing import resolve
 from bus.data_plane.checksum import checksum
 from bus.data_plane.memory import LocalMemory, RegisteredMemory
+from bus.data_plane.transfer import TransferEngine
 from bus.deadline import Deadline
 from bus.errors import ChecksumMismatch, LocalProtocolError, PoolExhausted, ReadOnlyMemory, StaleGrant
+from bus.operations import dynamo
 from bus.operations.conclusions import Conclusions
-from bus.operations.target import PassiveOperation, ReadableOperation, Seat, WritableOperation
+from bus.operations.target import ANONYMOUS, PassiveOperation, ReadableOperation, Seat, WritableOperation
 from observability import semantic_conventions as names
 from observability.active_span import NO_SPAN, Span
 from observability.tracing import is_tracing, start_span
@@ -51,6 +53,8 @@ class GrantTerms(NamedTuple):
     initiator: Initiator | None = None
     max_claims: int = 1
     checksum: bool = False
+    allow_unauthenticated: bool = False
+    """For an initiator that has no bus, and proves nothing."""
 
 
 class QuarantineBound(NamedTuple):
@@ -70,12 +74,15 @@ class Grants:
         bound: QuarantineBound,
         ask_initiator: AskInitiator,
         conclusions: Conclusions,
+        engine: TransferEngine,
     ) -> None:
         self._identity = identity
         self._memory = memory
         self._bound = bound
         self._ask_initiator = ask_initiator
         self._conclusions = conclusions
+        self._engine = engine
+        self._notified_by: dict[bytes, PassiveOperation] = {}
         self._operations: dict[str, PassiveOperation] = {}
         self._asked: set[str] = set()
         self.overrun: asyncio.Future[str] = asyncio.get_running_loop().create_future()
@@ -97,7 +104,7 @@ class Grants:
         proof = None
         if terms.checksum and terms.kind is OperationKind.READABLE:
             proof = await checksum(resolve(memory.extents, self._memory.regions))
-        named = terms.initiator
+        named = ANONYMOUS if terms.allow_unauthenticated else terms.initiator
         random = secrets.token_bytes(24)
         metadata = RdmaMetadata(
             operation_id=random[:8].hex(),
@@ -113,7 +120,10 @@ class Grants:
             checksummed=terms.checksum,
             checksum=proof,
         )
-        return self._add(metadata, memory, terms)
+        operation = self._add(metadata, memory, terms)
+        if terms.allow_unauthenticated:
+            self._invite(operation, random[8:].hex())
+        return operation
 
     def claim(self, request: ClaimRequest) -> ClaimReply:
         """Answer an initiator's claim. Raises `StaleGrant` for one that is unknown, taken, or of another epoch."""
@@ -130,6 +140,12 @@ class Grants:
         if operation is None or not operation.acknowledge(ack, headers):
             self.num_dropped_acks += 1
             _LOG.info("an ack for operation %s from %s was dropped", ack.operation_id, ack.initiator.worker_id)
+
+    def notified(self, payload: bytes) -> None:
+        """A peer's NIXL notification: who knows an invitation's key has done what it invites to."""
+        operation = self._notified_by.get(payload)
+        if operation is not None:
+            operation.notified()
 
     def initiator_gone(self, initiator: Initiator) -> None:
         """A process is proved to be gone, or its epoch drained: end its claims and free what they fenced."""
@@ -151,6 +167,9 @@ class Grants:
     def freed(self, operation: PassiveOperation) -> None:
         """Forget an operation; see `Listener`."""
         self._operations.pop(operation.metadata.operation_id, None)
+        if operation.invitation:
+            del self._notified_by[(operation.metadata.token or b"").hex().encode()]
+            self._engine.expect_notifications(-1)
 
     def ask(self, operation: PassiveOperation, initiator: Initiator) -> None:
         """Ask an initiator what became of an operation, once at a time; see `Listener`."""
@@ -186,6 +205,8 @@ class Grants:
                 "several claims are for open, readable grants: two writers of one memory would mix their bytes",
                 remedy="create one writable operation for each writer",
             )
+        if terms.allow_unauthenticated and (terms.checksum or terms.initiator or terms.max_claims > 1):
+            raise LocalProtocolError("a grant for initiators without a bus has no checksum, name or several claims")
         if terms.checksum and memory.device.memory_type != "DRAM":
             raise LocalProtocolError("checksums are for host memory", remedy="leave checksum off for device memory")
         if self.is_overrun:
@@ -196,6 +217,13 @@ class Grants:
         operation = operation_type(metadata, memory, terms.deadline, _wait_span(metadata, memory, terms), self)
         self._operations[metadata.operation_id] = operation
         return operation
+
+    def _invite(self, operation: PassiveOperation, key: str) -> None:
+        operation.invitation = dynamo.invitation(
+            self._engine.agent, self._memory, operation.memory, operation.metadata.kind, key
+        )
+        self._notified_by[key.encode()] = operation
+        self._engine.expect_notifications(1)
 
     async def _ask(self, operation: PassiveOperation, initiator: Initiator, key: str) -> None:
         try:

@@ -11,7 +11,7 @@ import asyncio
 import hmac
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from bus.data_plane.addressing import AddressRange, pair, resolve
 from bus.data_plane.agent import TransferDirection
@@ -54,10 +54,29 @@ class OperationReport(NamedTuple):
     """From the post until NIXL said DONE, as seen by this process."""
 
 
+class Owed(Protocol):
+    """What an operation owes its target: of a `Claim`, the part that outlives the post."""
+
+    @property
+    def metadata(self) -> RdmaMetadata: ...  # noqa: D102
+    @property
+    def deadline(self) -> Deadline: ...  # noqa: D102
+    def drain(self) -> None: ...  # noqa: D102
+    def acknowledge(  # noqa: D102
+        self,
+        outcome: AckOutcome,
+        num_bytes: int = 0,
+        *,
+        error: BaseException | None = None,
+        checksum: bytes | None = None,
+        span: Span = NO_SPAN,
+    ) -> None: ...
+
+
 class ActiveOperation:
     """A transfer that we began. Await it for its report."""
 
-    def __init__(self, lanes: Lanes, claim: Claim, memory: LocalMemory, ranges: Sequence[AddressRange], span: Span):
+    def __init__(self, lanes: Lanes, claim: Owed, memory: LocalMemory, ranges: Sequence[AddressRange], span: Span):
         self.metadata = claim.metadata
         self._lanes = lanes
         self._claim = claim
@@ -207,15 +226,17 @@ class WriteOperation(ActiveOperation):
     """We write our memory into the target's."""
 
 
-class _Pairing(NamedTuple):
+class Pairing(NamedTuple):
+    """What pairs with a kind of grant."""
+
     direction: TransferDirection
     operation_type: type[ActiveOperation]
     span_name: str
 
 
-_PAIRINGS = {
-    OperationKind.READABLE: _Pairing(TransferDirection.READ, ReadOperation, "nixl.read"),
-    OperationKind.WRITABLE: _Pairing(TransferDirection.WRITE, WriteOperation, "nixl.write"),
+PAIRINGS = {
+    OperationKind.READABLE: Pairing(TransferDirection.READ, ReadOperation, "nixl.read"),
+    OperationKind.WRITABLE: Pairing(TransferDirection.WRITE, WriteOperation, "nixl.write"),
 }
 
 
@@ -232,7 +253,7 @@ async def begin(
     nothing was posted then, and a claim that was ours is given back.
     """
     metadata = grant.metadata if isinstance(grant, Claim) else grant
-    span = _span(lanes, _PAIRINGS[kind], metadata)
+    span = _span(lanes, PAIRINGS[kind], metadata)
     memory.lease.pin()  # also against the registration cache, while we wait for the claim
     try:
         _check_pairing(metadata, kind, memory)
@@ -241,7 +262,7 @@ async def begin(
                 span.event("handshake" if lanes.peers.known(metadata) is None else "peer known")
             grant = named_claim(lanes, metadata) or await claim(lanes, metadata)
             span.event("claimed")
-        return _started(lanes, grant, memory, _PAIRINGS[kind], span, on_progress)
+        return _started(lanes, grant, memory, PAIRINGS[kind], span, on_progress)
     except BaseException as error:
         memory.lease.unpin()
         if isinstance(grant, Claim):
@@ -252,7 +273,7 @@ async def begin(
 
 
 def _started(
-    lanes: Lanes, grant: Claim, memory: LocalMemory, pairing: _Pairing, span: Span, on_progress: Progress | None
+    lanes: Lanes, grant: Claim, memory: LocalMemory, pairing: Pairing, span: Span, on_progress: Progress | None
 ) -> ActiveOperation:
     metadata, peer = grant.metadata, grant.peer
     local = resolve(memory.extents, lanes.memory.regions)
@@ -275,7 +296,7 @@ def _started(
     return operation
 
 
-def _span(lanes: Lanes, pairing: _Pairing, metadata: RdmaMetadata) -> Span:
+def _span(lanes: Lanes, pairing: Pairing, metadata: RdmaMetadata) -> Span:
     if not is_tracing():
         return NO_SPAN
     return start_span(

@@ -22,6 +22,7 @@ from bus.errors import (
     DataPlaneError,
     DeadlineExceeded,
     IncompleteOperation,
+    LocalProtocolError,
     PeerLost,
     RemoteFault,
     StaleGrant,
@@ -30,12 +31,16 @@ from bus.operations.lifecycle import MEMORY_FREE, WAITING, GrantEvent, GrantStat
 from observability import semantic_conventions as names
 from observability.active_span import Span
 from observability.propagation import extract
-from schemas.operations import ClaimReply, CompletionAck, Initiator, OperationKind, RdmaMetadata
+from schemas.operations import AckOutcome, ClaimReply, CompletionAck, Initiator, OperationKind, RdmaMetadata
 
 ASK_AT = (0.5, 0.75, 0.9)
 """Fractions of the lease at which an initiator whose ack is late is asked for it."""
 FIRST_ASK_AFTER_LEASE_S = 0.5
 LONGEST_ASK_S = 30.0
+
+
+ANONYMOUS = Initiator(worker_id="anonymous", epoch="")
+"""Who acts on a grant for initiators that have no bus."""
 
 
 class OperationStatus(Enum):
@@ -102,6 +107,8 @@ class PassiveOperation:
         self.deadline = deadline
         self.memory = memory
         self.span = span
+        self.invitation = ""
+        """For an initiator that has no bus; see `to_dynamo`."""
         self._listener = listener
         self._seats = [Seat(metadata.initiator, metadata.token or b"") for _ in range(metadata.max_claims)]
         self._num_waiting = self._num_fenced = metadata.max_claims
@@ -199,6 +206,32 @@ class PassiveOperation:
         else:
             self.conclude(seat, ack)
         return True
+
+    def to_dynamo(self) -> str:
+        """The JSON by which a `dynamo.nixl_connect` initiator may act on the memory, instead of `metadata`.
+
+        Raises `LocalProtocolError` for an operation that was not created with `allow_unauthenticated=True`.
+        """
+        if not self.invitation:
+            raise LocalProtocolError(
+                "the operation is for members of the bus",
+                remedy="create it with allow_unauthenticated=True",
+                operation_id=self.metadata.operation_id,
+            )
+        return self.invitation
+
+    def notified(self) -> None:
+        """An initiator without a bus says by NIXL's notification that it is done."""
+        for seat in self._seats:
+            seat.ack = CompletionAck(
+                operation_id=self.metadata.operation_id,
+                outcome=AckOutcome.COMPLETE,
+                initiator=ANONYMOUS,
+                token=seat.token,
+                num_bytes=self.memory.num_bytes,
+            )
+            self._move(seat, GrantEvent.ACK_COMPLETE)
+        self._answer_if_decided()
 
     def conclude(self, seat: Seat, ack: CompletionAck, error: BusError | None = None) -> None:
         """End a claim by its ack, or by what was found wrong with it."""

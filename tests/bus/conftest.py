@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Iterator
 import pytest
 from nats.aio.client import Client
 
-from bus import Bus, BusConfig, EmbeddedServer, embedded_server
+from bus import Bus, BusConfig, EmbeddedServer, embedded_server, write_key_file
 
 
 @pytest.fixture(scope="session")
@@ -27,6 +27,13 @@ def server() -> Iterator[EmbeddedServer]:
     yield started[0]
     stop.set()
     thread.join(20)
+
+
+@pytest.fixture(scope="session")
+def key_file(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("key") / "key"
+    write_key_file(path)
+    return str(path)
 
 
 @pytest.fixture

@@ -1,9 +1,6 @@
 import asyncio
-import subprocess
-import sys
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -27,32 +24,10 @@ from bus import (
 )
 from bus.operations.lifecycle import GrantState
 from schemas.operations import Initiator, RdmaMetadata
-from tests.bus.operations.peer_process import Act, Acted, Manner, subject
+from tests.bus.operations.peer_process import Acted
+from tests.bus.operations.two_processes import is_written, peer_process, tell
 
 PROMPTLY_S = 1.0
-
-
-@pytest.fixture(scope="module")
-def key_file(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("key") / "key"
-    write_key_file(path)
-    return str(path)
-
-
-@contextmanager
-def peer_process(server: EmbeddedServer, key_file: str, worker_id: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    command = [sys.executable, str(Path(__file__).with_name("peer_process.py")), worker_id, server.url, key_file]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stdout is not None
-            epoch = process.stdout.readline().strip()
-            assert epoch, "the peer did not start"
-            yield process, epoch
-            if process.poll() is None:
-                process.communicate(timeout=30)
-                assert process.returncode == 0
-        finally:
-            process.kill()
 
 
 @pytest.fixture(scope="module")
@@ -66,17 +41,6 @@ async def target(server: EmbeddedServer, key_file: str, peer_epoch: str) -> Asyn
     config = BusConfig(worker_id="target", nats_url=server.url, key_file=key_file, arena_bytes=64 << 20)
     async with Bus.open(config) as bus:
         yield bus
-
-
-async def tell(
-    bus: Bus, manner: Manner, grant: RdmaMetadata | None = None, num_bytes: int = 0, peer: str = "peer"
-) -> Acted:
-    return await bus.request(subject(peer), Act(manner=manner, grant=grant, num_bytes=num_bytes), Acted, timeout_s=20)
-
-
-def is_written(tensor: torch.Tensor) -> bool:
-    expected = (torch.arange(tensor.nbytes) % 251).to(torch.uint8)
-    return torch.equal(tensor.flatten().view(torch.uint8), expected)
 
 
 @pytest.mark.parametrize("num_bytes", [1, 4096, 65_536, (1 << 20) + 3, 20 << 20])

@@ -71,8 +71,11 @@ class ProtocolMachine(RuleBasedStateMachine):
         async def no_answer(request: OperationStatusRequest) -> OperationStatusReply | None:
             return None  # queries travel over `wire` instead
 
+        unused: Any = None  # neither checksums nor invitations here
+
         async def make() -> Grants:
-            return Grants(TARGET, None, QuarantineBound(1 << 30, 1 << 30), no_answer, Conclusions())  # type: ignore[arg-type]
+            bound = QuarantineBound(1 << 30, 1 << 30)
+            return Grants(TARGET, unused, bound, no_answer, Conclusions(), unused)
 
         self.grants = self.loop.run_until_complete(make())
 
