@@ -187,6 +187,11 @@ class Bus:
         await asyncio.gather(*(endpoint.drain(timeout_s) for endpoint in serving))
 
     @property
+    def has_data_plane(self) -> bool:
+        """Whether it was opened with its data plane."""
+        return self._data_plane is not None
+
+    @property
     def arena(self) -> TensorArena:
         """Registered memory: `bus.arena.allocate(shape, dtype)`, from any thread."""
         return self._lane().arena

@@ -83,7 +83,7 @@ class DataLane:
         memory = RegisteredMemory(agent, config.max_foreign_registrations)
         arena = memory.add_arena(config.arena_bytes)
         engine = TransferEngine(agent, chunk_bytes=config.chunk_bytes, inline_bytes=config.inline_bytes)
-        peers = Peers(identity, watch.own, subjects, caller, engine, keys, config.handshake_timeout_s)
+        peers = Peers(identity, watch.own, subjects, caller, engine, keys, config.handshake_timeout_s, memory.regions)
         lanes = Lanes(
             identity, subjects, connection, caller, peers, memory, engine, Undertakings(identity), Conclusions()
         )
@@ -126,6 +126,7 @@ class DataLane:
     async def close(self, timeout_s: float) -> None:
         """Answer every waiter, let what was posted drain, and say so to those who may fence memory for us."""
         self.grants.cancel_all()
+        self.lanes.undertakings.release_all()
         is_idle = await self.lanes.undertakings.idle(timeout_s)
         await self.lanes.conclusions.close(timeout_s)
         is_idle = await self.engine.close(timeout_s) and is_idle

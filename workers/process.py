@@ -1,7 +1,7 @@
 """The life of one worker process: open the bus, start the role, serve until told to stop, drain.
 
 In: a role's name and settings. Out: `Progress` for whoever started it, and an exit status. A start that fails says why
-in one line; SIGTERM, SIGINT, a lost parent or a NATS connection that is gone for good end it.
+in one line; SIGTERM, SIGINT, a lost parent, a NATS connection that is gone for good or too much fenced memory end it.
 """
 
 import asyncio
@@ -92,12 +92,16 @@ async def _serve(worker: Worker, report: Callable[[Progress], None], stop: async
 
 
 async def _until_stopped(bus: Bus, stop: asyncio.Event) -> int:
-    bus.connection_lost.add_done_callback(lambda _: stop.set())
+    reasons = {"NATS closed the connection for good": bus.connection_lost}
+    if bus.has_data_plane:
+        reasons["too much memory is fenced"] = bus.overrun
+    for reason in reasons.values():
+        reason.add_done_callback(lambda _: stop.set())
     await stop.wait()
-    if not bus.connection_lost.done():
-        return 0
-    _LOG.error("NATS closed the connection for good: %s", bus.connection_lost.result())
-    return 1
+    met = {what: reason.result() for what, reason in reasons.items() if reason.done()}
+    for what, detail in met.items():
+        _LOG.error("%s: %s", what, detail)
+    return 1 if met else 0
 
 
 def stop_on_signals(stop: asyncio.Event) -> None:

@@ -195,7 +195,7 @@ class Connection:
                 if self._client.is_connected:
                     await self._client.flush()
                 await self._client.close()
-        except (TimeoutError, OSError, NatsError) as error:  # a server that is gone is no reason not to close
+        except (TimeoutError, OSError, RuntimeError, NatsError) as error:  # a lost server is no reason not to close
             _LOG.debug("closing %s: %s", self.name, error)
 
     async def _on_error(self, error: Exception) -> None:

@@ -6,7 +6,7 @@ deregistering is no fence against a peer's transfer under way. Memory from anywh
 used (`registration`). Safe to use from any thread.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bus.data_plane.addressing import contiguous_extent
@@ -80,7 +80,7 @@ class RegisteredMemory:
         self.foreign = ForeignMemory(agent, self._regions, max_foreign)
 
     @property
-    def regions(self) -> Mapping[int, Region]:
+    def regions(self) -> dict[int, Region]:
         """Region number to region; what the handshake tells peers."""
         return self._regions
 

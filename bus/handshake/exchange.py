@@ -95,6 +95,7 @@ class Peers:
         engine: TransferEngine,
         keys: KeyRing,
         timeout_s: float,
+        own_regions: dict[int, Region],
     ) -> None:
         self._identity = identity
         self._process = process
@@ -103,7 +104,9 @@ class Peers:
         self._engine = engine
         self._keys = keys
         self._timeout_s = timeout_s
-        self._peers: dict[tuple[str, str], Peer] = {}
+        ack_prefix = subjects.acks(identity.worker_id).name.removesuffix("*")
+        ourselves = Peer(identity.worker_id, identity.epoch, engine.agent.name, own_regions, ack_prefix)
+        self._peers = {(identity.worker_id, identity.epoch): ourselves}  # NIXL knows its own agent
         self._asking: dict[tuple[str, str], asyncio.Task[None]] = {}
         self.num_handshakes = 0
 
@@ -124,8 +127,8 @@ class Peers:
             if asked_by_another is not None:
                 await asyncio.shield(asked_by_another)  # its answer may not be about our regions: look again
                 continue
-            asking = self._asking[key] = asyncio.create_task(self._introduce(metadata, key))
-            asking.add_done_callback(lambda done: self._note_end(key, done))
+            asking = self._asking[key] = asyncio.create_task(self._introduce_once(metadata, key))
+            asking.add_done_callback(_note_end)
             await asyncio.shield(asking)
             if self.known(metadata) is None:
                 raise StaleGrant(
@@ -135,10 +138,11 @@ class Peers:
                 )
         return peer
 
-    def _note_end(self, key: tuple[str, str], asking: "asyncio.Task[None]") -> None:
-        del self._asking[key]
-        if not asking.cancelled():
-            asking.exception()  # those who wait hear of it; perhaps nobody does any more
+    async def _introduce_once(self, metadata: RdmaMetadata, key: tuple[str, str]) -> None:
+        try:
+            await self._introduce(metadata, key)
+        finally:
+            del self._asking[key]  # here and not in a callback: who waits looks for it at once
 
     async def _introduce(self, metadata: RdmaMetadata, key: tuple[str, str]) -> None:
         worker_id, epoch = key
@@ -171,3 +175,8 @@ class Peers:
             traced=False,
         )
         return statements.proved_description(self._keys, request, reply, worker_id)
+
+
+def _note_end(asking: "asyncio.Task[None]") -> None:
+    if not asking.cancelled():
+        asking.exception()  # those who wait hear of it; perhaps nobody does any more

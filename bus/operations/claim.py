@@ -82,6 +82,7 @@ class Claim:
         self._lanes = lanes
         self._token = token
         self._undertaking = undertaking
+        undertaking.release = self.release
 
     @property
     def is_spent(self) -> bool:
@@ -119,6 +120,7 @@ class Claim:
             checksum=checksum,
         )
         self._undertaking.ack = ack
+        self._undertaking.release = None  # or the two would keep each other, and what was moved, alive
         self._undertaking.move(InitiatorEvent.END)
         headers: dict[str, str] | None = None
         if span.is_recording:

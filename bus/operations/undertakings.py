@@ -9,6 +9,7 @@ further promise is made (UNKNOWN proves nothing to the target, which keeps its m
 import asyncio
 import contextlib
 from collections import OrderedDict
+from collections.abc import Callable
 
 from bus.errors import StaleGrant
 from bus.operations.lifecycle import MAY_TOUCH, InitiatorEvent, InitiatorState, next_initiator_state
@@ -32,13 +33,15 @@ Key = tuple[str, str, str]
 class Undertaking:
     """One operation of ours at a target."""
 
-    __slots__ = ("_table", "ack", "key", "state")
+    __slots__ = ("_table", "ack", "key", "release", "state")
 
     def __init__(self, table: "Undertakings", key: Key) -> None:
         self._table = table
         self.key = key
         self.state = InitiatorState.UNSEEN
         self.ack: CompletionAck | None = None
+        self.release: Callable[[], None] | None = None
+        """Gives the claim back, once there is one."""
 
     def move(self, event: InitiatorEvent) -> None:
         """Take an event; see `lifecycle`."""
@@ -90,6 +93,12 @@ class Undertakings:
             elif self._refuse(key):
                 state = OperationState.REFUSED
         return OperationStatusReply(operation_id=request.operation_id, initiator=self._identity, state=state, ack=ack)
+
+    def release_all(self) -> None:
+        """Give back every claim that was not spent; for shutdown."""
+        for undertaking in list(self._open.values()):
+            if undertaking.release is not None:
+                undertaking.release()
 
     async def idle(self, timeout_s: float) -> bool:
         """Wait until nothing is open, for up to `timeout_s`; returns whether it is so."""

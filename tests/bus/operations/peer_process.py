@@ -8,19 +8,24 @@ Its endpoint takes a grant and a manner of acting on it.
 import asyncio
 import os
 import sys
-from typing import Literal
+import time
+from typing import Any, Literal
 
+import msgspec
 import torch
 import uvloop
 
-from bus import Bus, BusConfig, EndpointConfig
+from bus import Bus, BusConfig, EndpointConfig, WriteOperation
+from schemas.codec import decode, encode
 from schemas.message import Message
 from schemas.operations import AckOutcome, CompletionAck, Initiator, RdmaMetadata
 from schemas.subjects import Subject
 
 Manner = Literal[
-    "write", "read", "claim only", "claim and release", "wrong length", "forge an ack", "fail", "die", "grant"
+    "write", "read", "claim only", "claim and release", "wrong length", "forge an ack", "fail", "die", "grant", "cancel"
 ]
+Acks = Literal["", "lost", "twice", "late", "of other bytes"]
+LATE_S = 1.0
 
 
 class Act(Message, frozen=True, kw_only=True, tag="test.act"):
@@ -30,6 +35,10 @@ class Act(Message, frozen=True, kw_only=True, tag="test.act"):
     grant: RdmaMetadata | None = None
     value: int = 7
     num_bytes: int = 0
+    acks: Acks = ""
+    """What becomes of the acks of this process from now on."""
+    ms_per_chunk: int = 0
+    """How long each post takes from now on, so that a transfer can be met on its way."""
 
 
 class Acted(Message, frozen=True, kw_only=True, tag="test.acted"):
@@ -38,13 +47,40 @@ class Acted(Message, frozen=True, kw_only=True, tag="test.acted"):
     num_bytes: int = 0
     total: int = 0
     grant: RdmaMetadata | None = None
+    stats: dict[str, int] = msgspec.field(default_factory=dict)
 
 
 def subject(worker_id: str) -> Subject:
     return Subject(f"test.{worker_id}", "test.peer")
 
 
+def meddle(bus: Bus, request: Act) -> None:
+    """Install the faults that a request asks for, below everything that is tested."""
+    connection, agent = bus._connection, bus._lane().engine.agent
+    publish, post = type(connection).publish_now, type(agent).post
+
+    def publish_now(subject: object, payload: bytes, **more: Any) -> None:
+        if ".ack." not in str(subject) or not request.acks:
+            publish(connection, str(subject), payload, **more)
+        elif request.acks == "late":
+            asyncio.get_running_loop().call_later(LATE_S, lambda: publish(connection, str(subject), payload, **more))
+        elif request.acks == "of other bytes":
+            ack = decode(payload, CompletionAck)
+            publish(connection, str(subject), encode(msgspec.structs.replace(ack, checksum=bytes(16))), **more)
+        elif request.acks == "twice":
+            publish(connection, str(subject), payload, **more)
+            publish(connection, str(subject), payload, **more)
+
+    def slow_post(handle: int) -> object:
+        time.sleep(request.ms_per_chunk / 1000)
+        return post(agent, handle)
+
+    connection.publish_now = publish_now  # type: ignore[method-assign]
+    agent.post = slow_post  # type: ignore[method-assign,assignment]
+
+
 async def act(bus: Bus, request: Act) -> Acted:
+    meddle(bus, request)
     if request.manner == "grant":
         target = bus.arena.allocate([request.num_bytes], torch.uint8)
         target.tensor.fill_(request.value)
@@ -72,8 +108,16 @@ async def act(bus: Bus, request: Act) -> Acted:
             claim.spend()
             claim.acknowledge(AckOutcome.FAILED, error=ValueError("the peer's own trouble"))
             return Acted()
-        report = await (await bus.begin_write(claim, local.descriptor))
-        return Acted(num_bytes=report.transfer.num_bytes)
+        begun: list[WriteOperation] = []
+
+        def cancel(num_bytes: int) -> None:
+            if request.manner == "cancel":
+                begun[0].cancel()
+
+        operation = await bus.begin_write(claim, local.descriptor, on_progress=cancel)
+        begun.append(operation)
+        report = await operation
+        return Acted(num_bytes=report.transfer.num_bytes, stats=bus.stats())
 
 
 async def forge(bus: Bus, grant: RdmaMetadata) -> None:
@@ -91,7 +135,7 @@ async def forge(bus: Bus, grant: RdmaMetadata) -> None:
 
 async def main(worker_id: str, nats_url: str, key_file: str) -> None:
     config = BusConfig(
-        worker_id=worker_id, nats_url=nats_url, key_file=key_file, arena_bytes=96 << 20, chunk_bytes=4 << 20
+        worker_id=worker_id, nats_url=nats_url, key_file=key_file, arena_bytes=96 << 20, chunk_bytes=1 << 20
     )
     async with Bus.open(config) as bus:
         await bus.serve(
