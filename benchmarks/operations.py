@@ -1,20 +1,26 @@
 """Paired operations between two processes over a real nats-server, beside their floors in the same run.
 
-    python -m benchmarks.operations [--quick] [--json FILE]
+    python -m benchmarks.operations [--quick] [--peers] [--json FILE]
 
 Systems: `nixlbus` (named grant), `nixlbus_open` (open grant: one claim more), `raw_nats` (an empty request-reply with
-nats-py: what telling a peer costs), `raw_nixl` (one agent writing the same bytes in a loop: what moving them costs),
-`memcpy`. An operation is timed from its creation until the target knows that the bytes are complete. Tracing is off.
+nats-py: what telling a peer costs), `raw_nixl` (one agent writing the same bytes to the other process in a loop: what
+moving them costs), `memcpy`, and with --peers `nixl_connect` (NVIDIA Dynamo's, in an environment of its own).
+An operation is timed from its creation until the target knows that the bytes are complete; its grant goes out in a
+one-way message. Ours and the floors take turns, in rounds. Tracing and checksums are off.
 """
 
 import argparse
 import asyncio
 import multiprocessing
+import os
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import nats
 import torch
@@ -24,73 +30,71 @@ from nats.aio.msg import Msg
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.floors import Floor, FloorTarget, memcpy
+from benchmarks.peers import nixl_connect_rows
 from benchmarks.report import Report
-from bus import Bus, BusConfig, EndpointConfig, embedded_server, write_key_file
-from bus.data_plane.addressing import CopyPair
-from bus.data_plane.agent import NixlAgent, TransferDirection, TransferState
-from schemas.message import Message
+from bus import Bus, BusConfig, embedded_server, write_key_file
 from schemas.operations import Initiator, OperationKind, RdmaMetadata
 
-SIZES = (4 << 10, 64 << 10, 1 << 20, 64 << 20)
+KIB, MIB = 1 << 10, 1 << 20
+SIZES = (4 * KIB, 64 * KIB, MIB, 64 * MIB)
 CONCURRENCIES = (1, 8, 32)
-ARENA_BYTES = 512 << 20
+ARENA_BYTES = 640 * MIB
 START_TIMEOUT_S = 60
-
-
-class Move(Message, frozen=True, kw_only=True, tag="benchmark.move"):
-    """Act on this grant."""
-
-    grant: RdmaMetadata
-
-
-class Moved(Message, frozen=True, kw_only=True, tag="benchmark.moved"):
-    """Begun."""
+ROUNDS = 5
+IDLE_S = 3.0
 
 
 def repetitions(size_bytes: int, quick: bool) -> int:
-    """Operations per case: enough for a median, few enough for a minute."""
-    few = 12 if size_bytes > 16 << 20 else 300
-    return few if quick else few * 8
+    """Operations of a case in one round: enough for a median, few enough for a minute."""
+    few = 4 if size_bytes > 16 * MIB else 150
+    return few if quick else few * 6
 
 
-async def timed(operate: Callable[[], Awaitable[None]], count: int, concurrency: int) -> tuple[list[float], float]:
-    """Run `count` operations, `concurrency` at a time; returns their durations and that of the whole, in seconds."""
-    durations: list[float] = []
+@dataclass
+class Samples:
+    """Durations of single operations, and of all of them together, over the rounds."""
+
+    seconds: list[float]
+    wall_s: float = 0.0
+
+
+async def timed(operate: Callable[[], Awaitable[None]], count: int, concurrency: int, into: Samples) -> None:
+    """Run `count` operations, `concurrency` at a time."""
 
     async def runner(number: int) -> None:
         for _ in range(number):
             started_s = time.perf_counter()
             await operate()
-            durations.append(time.perf_counter() - started_s)
+            into.seconds.append(time.perf_counter() - started_s)
 
     started_s = time.perf_counter()
     await asyncio.gather(*(runner(max(1, count // concurrency)) for _ in range(concurrency)))
-    return durations, time.perf_counter() - started_s
+    into.wall_s += time.perf_counter() - started_s
 
 
 async def initiate(nats_url: str, key_file: str, parent: Connection) -> None:
     """The other process: acts on every grant it is sent."""
+    torch.set_num_threads(1)
+    floor = FloorTarget(max(SIZES))
     config = BusConfig(worker_id="initiator", nats_url=nats_url, key_file=key_file, arena_bytes=ARENA_BYTES)
     async with Bus.open(config) as bus:
-        local = bus.arena.allocate([max(SIZES)], torch.uint8)
-        local.tensor.fill_(7)
+        local = {size: bus.arena.allocate([size], torch.uint8) for size in SIZES}
         under_way: set[asyncio.Task[None]] = set()
 
         async def act(grant: RdmaMetadata) -> None:
-            piece = bus.memory.describe(local.tensor[: grant.num_bytes])
+            memory = local[grant.num_bytes]
             if grant.kind is OperationKind.WRITABLE:
-                await (await bus.begin_write(grant, piece))
+                await (await bus.begin_write(grant, memory))
             else:
-                await (await bus.begin_read(grant, piece))
+                await (await bus.begin_read(grant, memory))
 
-        async def move(request: Move) -> Moved:
-            task = asyncio.create_task(act(request.grant))
+        def start(grant: RdmaMetadata) -> None:
+            task = asyncio.create_task(act(grant))
             under_way.add(task)
             task.add_done_callback(under_way.discard)
-            return Moved()
 
-        subject = bus.subjects.worker("initiator", "move")
-        await bus.serve(EndpointConfig("move", subject, Move, max_queued=4096, traced=False), move)
+        await bus.subscribe(bus.subjects.event("initiator", "move"), RdmaMetadata, start)
         raw = await nats.connect(nats_url)
 
         async def echo(message: Msg) -> None:
@@ -98,7 +102,11 @@ async def initiate(nats_url: str, key_file: str, parent: Connection) -> None:
 
         await raw.subscribe("raw.echo", cb=echo)
         await raw.flush()
-        parent.send(bus.epoch)
+        await raw.flush()
+        parent.send((bus.epoch, floor.invitation))
+        for _ in range(2):  # before and after what is measured
+            await asyncio.to_thread(parent.recv)
+            parent.send((bus.stats(), time.process_time()))
         await asyncio.to_thread(parent.recv)
         await raw.close()
 
@@ -108,8 +116,82 @@ def child(nats_url: str, key_file: str, parent: Connection) -> None:
     uvloop.run(initiate(nats_url, key_file, parent))
 
 
-async def measure_bus(report: Report, quick: bool) -> None:
-    """Ours and raw NATS, interleaved per case."""
+class Measurement:
+    """One run against the other process."""
+
+    def __init__(self, report: Report, bus: Bus, raw: Client, peer: Initiator, floor: Floor, quick: bool) -> None:
+        self.report = report
+        self.bus = bus
+        self.raw = raw
+        self.peer = peer
+        self.floor = floor
+        self.quick = quick
+
+    async def request(self) -> None:
+        """The floor of telling."""
+        await self.raw.request("raw.echo", b"x" * 200, timeout=10)
+
+    async def operate(self, kind: str, size_bytes: int, initiator: Initiator | None) -> None:
+        """One paired operation, as the target sees it."""
+        bus = self.bus
+        with bus.arena.allocate([size_bytes], torch.uint8) as target:
+            create = bus.create_writable if kind == "write" else bus.create_readable
+            operation = await create(target, initiator=initiator)
+            await bus.publish(bus.subjects.event("initiator", "move"), operation.metadata)
+            await operation
+
+    async def move(self, size_bytes: int) -> None:
+        """The floor of moving."""
+        self.floor.write(size_bytes)
+
+    async def cases(self) -> None:
+        """Every size, and every concurrency that the arena has room for."""
+        for size_bytes in SIZES:
+            for concurrency in CONCURRENCIES:
+                if concurrency * size_bytes <= ARENA_BYTES - 64 * MIB:
+                    await self.case(size_bytes, concurrency)
+
+    async def case(self, size_bytes: int, concurrency: int) -> None:
+        """Ours and the floors in turns."""
+        systems: dict[tuple[str, str], Callable[[], Awaitable[None]]] = {("request", "raw_nats"): self.request}
+        for kind in ("write", "read"):
+            systems[kind, "nixlbus"] = lambda kind=kind: self.operate(kind, size_bytes, self.peer)  # type: ignore[misc]
+            systems[kind, "nixlbus_open"] = lambda kind=kind: self.operate(kind, size_bytes, None)  # type: ignore[misc]
+        if concurrency == 1:
+            systems["write", "raw_nixl"] = lambda: self.move(size_bytes)
+        samples: dict[tuple[str, str], Samples] = defaultdict(lambda: Samples([]))
+        count = repetitions(size_bytes, self.quick)
+        for operate in systems.values():
+            await timed(operate, max(concurrency, 8), concurrency, Samples([]))
+        for _ in range(ROUNDS):
+            for key, operate in systems.items():
+                await timed(operate, max(count, concurrency * 4), concurrency, samples[key])
+        for (case, system), taken in samples.items():
+            self.report.row(case, system, size_bytes, concurrency, taken.seconds, taken.wall_s)
+
+    async def small_beside_large(self) -> None:
+        """4 KiB writes, alone and while 64 MiB writes follow each other without a pause."""
+        alone, beside = Samples([]), Samples([])
+        count = 400 if self.quick else 2000
+
+        async def stream() -> None:
+            while True:
+                await self.operate("write", 64 * MIB, self.peer)
+
+        for _ in range(3):
+            await timed(lambda: self.operate("write", 4 * KIB, self.peer), count, 1, alone)
+            streaming = asyncio.create_task(stream())
+            await asyncio.sleep(0.1)
+            await timed(lambda: self.operate("write", 4 * KIB, self.peer), count, 1, beside)
+            streaming.cancel()
+            await asyncio.wait([streaming])
+            await asyncio.sleep(0.2)
+        self.report.row("write alone", "nixlbus", 4 * KIB, 1, alone.seconds, alone.wall_s)
+        self.report.row("write beside 64 MiB", "nixlbus", 4 * KIB, 1, beside.seconds, beside.wall_s)
+
+
+async def measure(report: Report, quick: bool) -> None:
+    """Start the other process and measure everything against it."""
     with tempfile.TemporaryDirectory() as folder:
         key = Path(folder, "key")
         write_key_file(key)
@@ -120,106 +202,69 @@ async def measure_bus(report: Report, quick: bool) -> None:
             process.start()
             if not await asyncio.to_thread(ours.poll, START_TIMEOUT_S):
                 raise TimeoutError("the other process did not start")
-            epoch = ours.recv()
+            epoch, invitation = ours.recv()
             config = BusConfig(worker_id="target", nats_url=server.url, key_file=str(key), arena_bytes=ARENA_BYTES)
             raw = await nats.connect(server.url)
             async with Bus.open(config) as bus:
-                await _measure_cases(report, bus, raw, Initiator(worker_id="initiator", epoch=epoch), quick)
+                peer = Initiator(worker_id="initiator", epoch=epoch)
+                measurement = Measurement(report, bus, raw, peer, Floor(invitation, max(SIZES)), quick)
+                await measurement.operate("write", 4 * KIB, peer)
+                before = await counters(bus, ours)
+                await measurement.cases()
+                await measurement.small_beside_large()
+                hold_against_counts(report, before, await counters(bus, ours), len(report.rows))
+                await idle(report)
             await raw.close()
             ours.send("done")
             await asyncio.to_thread(process.join, 30)
 
 
-async def _measure_cases(report: Report, bus: Bus, raw: Client, peer: Initiator, quick: bool) -> None:
-    subject = bus.subjects.worker("initiator", "move")
-
-    async def request() -> None:
-        await raw.request("raw.echo", b"x" * 200, timeout=10)
-
-    async def operate(kind: str, size_bytes: int, initiator: Initiator | None) -> None:
-        with bus.arena.allocate([size_bytes], torch.uint8) as target:
-            create = bus.create_writable if kind == "write" else bus.create_readable
-            operation = await create(target.descriptor, initiator=initiator)
-            reply = asyncio.create_task(
-                bus.request(subject, Move(grant=operation.metadata), Moved, timeout_s=30)  # beside the operation
-            )
-            await operation
-            await reply
-
-    for size_bytes in SIZES:
-        for concurrency in CONCURRENCIES:
-            if concurrency * size_bytes > ARENA_BYTES // 2:
-                continue
-            count = repetitions(size_bytes, quick)
-            await timed(request, 20, concurrency)
-            report.row("request", "raw_nats", size_bytes, concurrency, *await timed(request, count, concurrency))
-            for kind in ("write", "read"):
-                for system, initiator in (("nixlbus", peer), ("nixlbus_open", None)):
-                    run = lambda k=kind, i=initiator: operate(k, size_bytes, i)  # noqa: B023, E731
-                    await timed(run, max(concurrency, 8), concurrency)
-                    report.row(kind, system, size_bytes, concurrency, *await timed(run, count, concurrency))
+async def counters(bus: Bus, other: Connection) -> dict[str, int]:
+    """Registrations and handshakes of both processes together."""
+    other.send("counters")
+    theirs: tuple[dict[str, int], float] = await asyncio.to_thread(other.recv)
+    ours = bus.stats()
+    return {name: ours[name] + theirs[0][name] for name in ("registrations", "handshakes")}
 
 
-def measure_floors(report: Report, quick: bool) -> None:
-    """One agent writing to another in this process, and a plain copy: no messages, no waiting for anybody."""
-    source, target = torch.ones(max(SIZES), dtype=torch.uint8), torch.zeros(max(SIZES), dtype=torch.uint8)
-    writer, reader = NixlAgent("floor-writer"), NixlAgent("floor-reader")
-    writer.register(source.data_ptr(), source.nbytes, "DRAM", 0)
-    reader.register(target.data_ptr(), target.nbytes, "DRAM", 0)
-    peer = writer.load_peer(reader.metadata())
+async def idle(report: Report) -> None:
+    """What an open agent costs when nothing happens."""
+    before_s = time.process_time()
+    await asyncio.sleep(IDLE_S)
+    report.check("idle_cpu_share_of_a_core", (time.process_time() - before_s) / IDLE_S, 0.02, "lower")
 
-    def write(size_bytes: int) -> None:
-        pair = CopyPair(source.data_ptr(), target.data_ptr(), size_bytes, 0, 0)
-        handle = writer.create_transfer(TransferDirection.WRITE, [pair], peer)
-        state = writer.post(handle)
-        while state is not TransferState.DONE:
-            time.sleep(30e-6)
-            state = writer.check(handle)
-        writer.release(handle)
 
-    for size_bytes in SIZES:
-        for system, operate in (
-            ("raw_nixl", lambda: write(size_bytes)),  # noqa: B023
-            ("memcpy", lambda: target[:size_bytes].copy_(source[:size_bytes])),  # noqa: B023
-        ):
-            operate()
-            durations = []
-            started_s = time.perf_counter()
-            for _ in range(repetitions(size_bytes, quick)):
-                before_s = time.perf_counter()
-                operate()
-                durations.append(time.perf_counter() - before_s)
-            report.row("write", system, size_bytes, 1, durations, time.perf_counter() - started_s)
+def hold_against_counts(report: Report, before: dict[str, int], after: dict[str, int], num_cases: int) -> None:
+    """Nothing is registered and nobody introduced once both sides know each other."""
+    assert num_cases
+    for name, label in (("registrations", "registrations"), ("handshakes", "remote_agent_additions")):
+        report.check(f"arena_path_{label}_after_warm_up", after[name] - before[name], 0, "lower")
 
 
 def hold_against_limits(report: Report) -> None:
     """The ratios that the project promises."""
-    for size_bytes, label in ((4 << 10, "4KiB"), (64 << 10, "64KiB")):
-        floor = report.value("request", "raw_nats", size_bytes, 1, "p50_us")
+
+    def p50(case: str, system: str, size_bytes: int) -> float:
+        return report.value(case, system, size_bytes, 1, "p50_us")
+
+    for size_bytes, label in ((4 * KIB, "4KiB"), (64 * KIB, "64KiB")):
+        floor = p50("request", "raw_nats", size_bytes)
         for kind in ("write", "read"):
             for system, limit in (("nixlbus", 1.45), ("nixlbus_open", 2.5)):
-                ratio = report.value(kind, system, size_bytes, 1, "p50_us") / floor
-                report.check(f"{kind}_{label}_{system}_p50_vs_raw_nats", ratio, limit, "lower")
-    rate = report.value("write", "nixlbus", 4 << 10, 32, "per_s") / report.value(
-        "request", "raw_nats", 4 << 10, 32, "per_s"
-    )
-    report.check("write_4KiB_32_at_once_vs_raw_nats", rate, 0.5, "higher")
-    both = report.value("write", "raw_nixl", 1 << 20, 1, "p50_us") + report.value(
-        "request", "raw_nats", 1 << 20, 1, "p50_us"
-    )
-    report.check(
-        "write_1MiB_p50_vs_raw_nixl_and_nats",
-        report.value("write", "nixlbus", 1 << 20, 1, "p50_us") / both,
-        1.3,
-        "lower",
-    )
-    floor = report.value("write", "raw_nixl", 64 << 20, 1, "p50_us")
-    report.check(
-        "write_64MiB_bandwidth_vs_raw_nixl",
-        floor / report.value("write", "nixlbus", 64 << 20, 1, "p50_us"),
-        0.9,
-        "higher",
-    )
+                report.check(f"{kind}_{label}_{system}_p50_vs_raw_nats", p50(kind, system, size_bytes) / floor, limit)
+            if report.has(kind, "nixl_connect", size_bytes, 1):
+                faster = p50(kind, "nixl_connect", size_bytes) / p50(kind, "nixlbus", size_bytes)
+                report.check(f"{kind}_{label}_times_faster_than_nixl_connect", faster, 25, "higher")
+    both = p50("write", "raw_nixl", MIB) + p50("request", "raw_nats", MIB)
+    report.check("write_1MiB_p50_vs_raw_nixl_and_nats", p50("write", "nixlbus", MIB) / both, 1.3)
+    bandwidth = p50("write", "raw_nixl", 64 * MIB) / p50("write", "nixlbus", 64 * MIB)
+    report.check("write_64MiB_bandwidth_vs_raw_nixl", bandwidth, 0.9, "higher")
+    rate = report.value("write", "nixlbus", 4 * KIB, 32, "per_s")
+    requests = report.value("request", "raw_nats", 4 * KIB, 32, "per_s")
+    report.check("write_4KiB_32_at_once_vs_raw_nats", rate / requests, 0.5, "higher")
+    beside = report.value("write beside 64 MiB", "nixlbus", 4 * KIB, 1, "p99_us")
+    alone = report.value("write alone", "nixlbus", 4 * KIB, 1, "p99_us")
+    report.check("write_4KiB_p99_beside_64MiB_stream_vs_alone", beside / alone, 5)
 
 
 def tables(report: Report) -> tuple[Table, Table]:
@@ -237,21 +282,30 @@ def tables(report: Report) -> tuple[Table, Table]:
     for check in report.checks:
         sign = "≤" if check["better"] == "lower" else "≥"
         checks.add_row(
-            check["name"], f"{check['value']:.2f}", f"{sign} {check['limit']}", "ok" if check["ok"] else "MISSED"
+            check["name"], f"{check['value']:.3g}", f"{sign} {check['limit']}", "ok" if check["ok"] else "MISSED"
         )
     return rows, checks
 
 
+def arguments() -> Any:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="within a minute")
+    parser.add_argument("--peers", action="store_true", help="and dynamo.nixl_connect, from .venv-dynamo (make test)")
+    parser.add_argument("--json", type=Path)
+    return parser.parse_args()
+
+
 def main() -> None:
     """Run it and print the tables."""
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--quick", action="store_true")
-    arguments.add_argument("--json", type=Path)
-    given = arguments.parse_args()
+    given = arguments()
+    os.environ.pop("OTEL_EXPORTER_OTLP_ENDPOINT", None)
     torch.set_num_threads(1)
     report = Report("operations")
-    uvloop.run(measure_bus(report, given.quick))
-    measure_floors(report, given.quick)
+    uvloop.run(measure(report, given.quick))
+    memcpy(report, SIZES, lambda size_bytes: repetitions(size_bytes, given.quick))
+    if given.peers:
+        nixl_connect_rows(report, given.quick)
     hold_against_limits(report)
     console = Console(width=120, highlight=False)
     for table in tables(report):

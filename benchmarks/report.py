@@ -20,6 +20,7 @@ class Report:
         self.benchmark = benchmark
         self.rows: list[dict[str, Any]] = []
         self.checks: list[dict[str, Any]] = []
+        self.versions = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
 
     def row(
         self, case: str, system: str, size_bytes: int, concurrency: int, seconds: Sequence[float], wall_s: float
@@ -39,6 +40,11 @@ class Report:
             }
         )
 
+    def has(self, case: str, system: str, size_bytes: int, concurrency: int) -> bool:
+        """Whether such a row was entered."""
+        key = (case, system, size_bytes, concurrency)
+        return any((row["case"], row["system"], row["size_bytes"], row["concurrency"]) == key for row in self.rows)
+
     def value(self, case: str, system: str, size_bytes: int, concurrency: int, column: str) -> float:
         """A figure of a row that was entered."""
         for row in self.rows:
@@ -51,7 +57,7 @@ class Report:
                 return float(row[column])
         raise KeyError((case, system, size_bytes, concurrency))
 
-    def check(self, name: str, value: float, limit: float, better: str) -> None:
+    def check(self, name: str, value: float, limit: float, better: str = "lower") -> None:
         """Hold a ratio against its limit; `better` is "lower" or "higher"."""
         met = value <= limit if better == "lower" else value >= limit
         self.checks.append({"name": name, "value": round(value, 3), "limit": limit, "better": better, "ok": met})
@@ -63,7 +69,7 @@ class Report:
             "benchmark": self.benchmark,
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "machine": machine,
-            "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+            "versions": self.versions,
             "rows": self.rows,
             "checks": self.checks,
         }

@@ -24,6 +24,8 @@ from schemas.operations import Initiator, MemoryExtent, ProcessIdentity, RdmaMet
 from schemas.subjects import Subjects
 
 ENDPOINT = "agent_metadata"
+MAX_KNOWN_REGIONS = 4096
+"""Of one peer: memory that it registers on demand comes under ever new numbers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +161,8 @@ class Peers:
             raise RemoteProtocolError("the peer's metadata names another agent than its description", peer=worker_id)
         if known is not None:
             known.regions.update(regions)
+            while len(known.regions) > MAX_KNOWN_REGIONS:
+                del known.regions[next(iter(known.regions))]  # the oldest; asked for again if it is named again
         else:
             self._peers[key] = Peer(
                 worker_id, epoch, agent_name, regions, self._subjects.acks(worker_id).name.removesuffix("*")
