@@ -84,11 +84,11 @@ class Bus:
         connection = await Connection.open(config.nats_url, config.worker_id, config.connect_timeout_s)
         try:
             bus = cls(config, connection)
-            await bus._inbox.open()
-            if data_plane:
-                await bus._open_data_plane()
-            await connection.confirm_subscriptions(config.connect_timeout_s)
             try:
+                await bus._inbox.open()
+                if data_plane:
+                    await bus._open_data_plane()
+                await connection.confirm_subscriptions(config.connect_timeout_s)
                 yield bus
             finally:
                 await bus._close(drain_timeout_s)
@@ -321,7 +321,9 @@ class Bus:
             except BusError as error:
                 return error
 
-        return list(await asyncio.gather(*(write(remote) for remote in remotes)))
+        async with asyncio.TaskGroup() as group:
+            writes = [group.create_task(write(remote)) for remote in remotes]
+        return [each.result() for each in writes]
 
     async def report_reaped(self, worker_id: str, process: ProcessIdentity) -> None:
         """As a supervisor: tell the bus that a worker's process has ended and was waited for.
@@ -343,7 +345,7 @@ class Bus:
 
     async def _grant(self, local: LocalData, terms: GrantTerms) -> PassiveOperation:
         lane = self._lane()
-        return await lane.grants.create(lane.memory.describe(local), terms)
+        return await lane.grants.create(local, terms)
 
     async def _begin(
         self,
@@ -354,15 +356,14 @@ class Bus:
         allow_unauthenticated: bool,
     ) -> ActiveOperation:
         lane = self._lane()
-        memory = lane.memory.describe(local)
         if not isinstance(remote, DynamoMetadata):
-            return await begin(lane.lanes, kind, remote, memory, on_progress)
+            return await begin(lane.lanes, kind, remote, local, on_progress)
         if not allow_unauthenticated:
             raise AuthenticationError(
                 "Dynamo's metadata carries no proof of who made it",
                 remedy="pass allow_unauthenticated=True if whoever can send it may crash this process",
             )
-        return await dynamo.begin(lane.lanes, kind, remote, memory, self.config.operation_lease_s, on_progress)
+        return await dynamo.begin(lane.lanes, kind, remote, local, self.config.operation_lease_s, on_progress)
 
     async def _at_home(self, work: Coroutine[Any, Any, T]) -> T:
         """Run `work` on the event loop that the bus lives on, whichever loop and thread the caller is on."""

@@ -8,6 +8,7 @@ and proofs of death. Closing cancels what waits, lets what was posted drain, and
 import asyncio
 import logging
 from collections import OrderedDict
+from contextvars import Context
 
 from bus.config import BusConfig
 from bus.control_plane.call import Caller
@@ -63,6 +64,7 @@ class DataLane:
             self._ask_initiator,
             lanes.conclusions,
             lanes.engine,
+            keys,
         )
         lanes.engine.on_notification = self.grants.notified
         self._keys = keys
@@ -85,7 +87,17 @@ class DataLane:
         engine = TransferEngine(agent, chunk_bytes=config.chunk_bytes, inline_bytes=config.inline_bytes)
         peers = Peers(identity, watch.own, subjects, caller, engine, keys, config.handshake_timeout_s, memory.regions)
         lanes = Lanes(
-            identity, subjects, connection, caller, peers, memory, engine, Undertakings(identity), Conclusions()
+            identity,
+            subjects,
+            connection,
+            caller,
+            peers,
+            memory,
+            engine,
+            Undertakings(identity),
+            Conclusions(),
+            keys,
+            asyncio.get_running_loop(),
         )
         return cls(config, lanes, arena, keys, watch)
 
@@ -95,7 +107,7 @@ class DataLane:
         worker_id, subjects, connection = lanes.identity.worker_id, lanes.subjects, lanes.connection
         claims, queries = subjects.worker(worker_id, CLAIM_ENDPOINT), subjects.worker(worker_id, STATUS_ENDPOINT)
         await serve_peers(connection, worker_id, claims, ClaimRequest, self.grants.claim)
-        await serve_peers(connection, worker_id, queries, OperationStatusRequest, lanes.undertakings.answer)
+        await serve_peers(connection, worker_id, queries, OperationStatusRequest, self._answer_status)
         await connection.subscribe(subjects.acks(worker_id), self._on_ack)
         await connection.subscribe(subjects.events(DRAINED_EVENT), typed(EpochDrained, self._on_drained))
         await connection.subscribe(subjects.events(REAPED_EVENT), typed(ProcessReaped, self._on_reaped))
@@ -125,12 +137,12 @@ class DataLane:
 
     async def close(self, timeout_s: float) -> None:
         """Answer every waiter, let what was posted drain, and say so to those who may fence memory for us."""
+        undertakings = self.lanes.undertakings
         self.grants.cancel_all()
-        self.lanes.undertakings.release_all()
-        is_idle = await self.lanes.undertakings.idle(timeout_s)
+        undertakings.close()
+        await undertakings.idle(timeout_s)
         await self.lanes.conclusions.close(timeout_s)
-        is_idle = await self.engine.close(timeout_s) and is_idle
-        if is_idle:
+        if await self.engine.close(timeout_s) and not undertakings.num_open:
             last_word = statements.epoch_drained(self._keys, self.lanes.identity)
             subject = self.lanes.subjects.event(self.lanes.identity.worker_id, DRAINED_EVENT)
             try:
@@ -138,6 +150,9 @@ class DataLane:
             except BusError as error:
                 _LOG.debug("the last word could not be sent: %s", error)
         self._watch.close()
+
+    def _answer_status(self, request: OperationStatusRequest) -> OperationStatusReply:
+        return statements.status_reply(self._keys, request, self.lanes.undertakings.answer(request))
 
     async def _ask_initiator(self, request: OperationStatusRequest) -> OperationStatusReply | None:
         subject = self.lanes.subjects.worker(request.initiator.worker_id, STATUS_ENDPOINT)
@@ -182,4 +197,4 @@ class DataLane:
 
     def _end(self, member: Initiator) -> None:
         self._members.pop(member, None)
-        asyncio.get_running_loop().call_later(ACK_GRACE_S, self.grants.initiator_gone, member)
+        self.lanes.loop.call_later(ACK_GRACE_S, self.grants.initiator_gone, member, context=Context())

@@ -25,7 +25,7 @@ _PREFIX = "b64:"
 class DynamoDescriptor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One range of the target's memory."""
 
-    device: Annotated[str, Meta(pattern=r"^(cpu|cuda(:[0-9]{1,3})?)$")]
+    device: Annotated[str, Meta(pattern=r"^(cpu|cuda(:[0-9]{1,3})?)\Z")]
     ptr: Annotated[int, Meta(ge=1, le=2**63 - 1)]
     size: Annotated[int, Meta(ge=1, le=2**63 - 1)]
 

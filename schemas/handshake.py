@@ -11,7 +11,7 @@ import msgspec
 from msgspec import Meta
 
 from schemas.message import Message, Part
-from schemas.operations import Count, Positive, ProcessIdentity, WorkerId
+from schemas.operations import Count, Epoch, Positive, ProcessIdentity, WorkerId
 
 Nonce = Annotated[bytes, Meta(min_length=16, max_length=16)]
 Mac = Annotated[bytes, Meta(min_length=32, max_length=32)]
@@ -26,7 +26,7 @@ class AgentMetadataRequest(Message, frozen=True, kw_only=True, tag="handshake.re
 
     nonce: Nonce
     requester: WorkerId
-    requester_epoch: str = ""
+    requester_epoch: Epoch = ""
     process: ProcessIdentity | None = None
     """The requester's: once it is gone, the requester writes no more."""
     regions: Annotated[list[Count], Meta(max_length=1024)] = msgspec.field(default_factory=list)
@@ -58,7 +58,7 @@ class AgentDescription(Message, frozen=True, kw_only=True, tag="handshake.descri
     """One worker's agent in one epoch."""
 
     worker_id: WorkerId
-    epoch: str
+    epoch: Epoch
     agent_name: str
     agent_metadata: bytes
     regions: list[Region]

@@ -17,12 +17,15 @@ from schemas.message import Message, Part
 
 Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Positive = Annotated[int, Meta(ge=1, le=2**63 - 1)]
-OperationId = Annotated[str, Meta(pattern="^[0-9a-f]{16,64}$")]
-WorkerId = Annotated[str, Meta(pattern="^[A-Za-z0-9_-]{1,64}$")]
+OperationId = Annotated[str, Meta(pattern=r"^[0-9a-f]{16,64}\Z")]
+WorkerId = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_-]{1,64}\Z")]
+Epoch = Annotated[str, Meta(max_length=64)]
 Token = Annotated[bytes, Meta(min_length=16, max_length=16)]
 Checksum = Annotated[bytes, Meta(min_length=16, max_length=16)]
 """XXH3 with 128 bits over the operation's bytes in their order, canonical (big-endian) form."""
 
+UNPROVED = bytes(16)
+"""Stands where a proof will."""
 MAX_RUNS = 65_536
 """Runs in one grant: a block list longer than this wants more than one operation."""
 
@@ -77,7 +80,7 @@ class Initiator(Part, frozen=True, kw_only=True):
     """The peer that may act on a named grant."""
 
     worker_id: WorkerId
-    epoch: str
+    epoch: Epoch
 
 
 class TensorLayout(Part, frozen=True, kw_only=True):
@@ -93,7 +96,8 @@ class ProcessIdentity(Part, frozen=True, kw_only=True):
 
     boot_id: Annotated[str, Meta(max_length=64)]
     pid_namespace: Annotated[str, Meta(max_length=64)]
-    pid: Positive
+    pid: Annotated[int, Meta(ge=1, le=2**22)]
+    """At most what Linux gives out, so that no system call stumbles over it."""
     start_ticks: Count
     """Field 22 of /proc/<pid>/stat: clock ticks from the boot to the process's start."""
 
@@ -101,19 +105,21 @@ class ProcessIdentity(Part, frozen=True, kw_only=True):
 class RdmaMetadata(Message, frozen=True, kw_only=True, dict=True, tag="operation.grant"):
     """A grant: what a target publishes so that an initiator can read or write its memory.
 
-    Open (no `initiator`, no `token`): it must be claimed before the post. Named: only that initiator may act, with
-    the token that stands here.
+    Open (no `initiator`, no `token`): it must be claimed before the post. Named: only that initiator may act, once; the
+    token proves every field under the key of the bus, and goes back with the ack.
     """
 
     operation_id: OperationId
     kind: OperationKind
     worker_id: WorkerId
-    epoch: str
+    epoch: Epoch
     memory: Annotated[list[MemoryExtent], Meta(min_length=1, max_length=1024)]
     lease_ms: Positive
     """How long the grant lasts from its receipt, in milliseconds: a duration, never a clock reading."""
     initiator: Initiator | None = None
     token: Token | None = None
+    serial: Count = 0
+    """Of a named grant: counts the target's grants to that initiator, so that none is used twice."""
     layout: TensorLayout | None = None
     max_claims: Annotated[int, Meta(ge=1, le=MAX_CLAIMS)] = 1
     """How many initiators may act on it, each once; more than one is for readable memory."""
@@ -149,16 +155,17 @@ class ClaimRequest(Message, frozen=True, kw_only=True, tag="operation.claim"):
     """ "Mine?": an initiator asks for an open grant before it posts anything."""
 
     operation_id: OperationId
-    epoch: str
+    epoch: Epoch
     """The epoch of the target that the grant named."""
     initiator: Initiator
+    proof: Token = UNPROVED
+    """That a member of the bus asks."""
 
 
 class ClaimReply(Message, frozen=True, kw_only=True, tag="operation.claimed"):
-    """ "Yes": the token that the ack must carry, and what is left of the lease."""
+    """ "Yes": and what is left of the lease. The ack's token is not told: who has the key can make it."""
 
     operation_id: OperationId
-    token: Token
     lease_ms: Positive
 
 
@@ -194,9 +201,12 @@ class OperationStatusRequest(Message, frozen=True, kw_only=True, tag="operation.
     operation_id: OperationId
     worker_id: WorkerId
     """The target that asks."""
-    epoch: str
+    epoch: Epoch
     """Of the target."""
     initiator: Initiator
+    nonce: Token = UNPROVED
+    serial: Count = 0
+    """Of a named grant: it is refused from now on."""
 
 
 class OperationStatusReply(Message, frozen=True, kw_only=True, tag="operation.status_reply"):
@@ -208,13 +218,15 @@ class OperationStatusReply(Message, frozen=True, kw_only=True, tag="operation.st
     state: OperationState
     ack: CompletionAck | None = None
     """Once more, of a concluded operation."""
+    proof: Token = UNPROVED
+    """That a member of the bus says so, to this question."""
 
 
 class EpochDrained(Message, frozen=True, kw_only=True, tag="operation.epoch_drained"):
     """A worker's last word: nothing that this epoch posted is under way, and nothing more will be posted."""
 
     worker_id: WorkerId
-    epoch: str
+    epoch: Epoch
     key_id: str
     mac: Annotated[bytes, Meta(min_length=32, max_length=32)]
 

@@ -18,6 +18,7 @@ from bus.errors import DataPlaneError, PeerLost, RegistrationError, TransferErro
 PROGRESS_POLL_TIMEOUT_US = 100_000
 """NIXL's pthrDelay: wake-ups come by file descriptor, this only bounds the wait (idle cost 0.06 % of a core)."""
 DEFAULT_BACKEND = "UCX"
+MEMORY_TYPES = ("DRAM", "VRAM")
 
 
 class TransferDirection(Enum):

@@ -5,6 +5,7 @@ length, device, whether it may be written, and what is known of its layout. The 
 isn't contiguous is an error. A descriptor keeps its memory alive and may be used for any number of operations.
 """
 
+from collections.abc import Sequence
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
@@ -97,7 +98,7 @@ class Descriptor:
         self.owner = tensor
         self.device = Device(str(tensor.device))
         self.address, self.num_bytes = tensor.data_ptr(), tensor.nbytes
-        self.layout = layout_of(tensor)
+        self.layout = layout_of(tensor.dtype, tensor.shape)
         storage = tensor.untyped_storage()
         self.storage = (storage, storage.data_ptr(), storage.nbytes())
 
@@ -106,7 +107,10 @@ class Descriptor:
 
         if isinstance(data, np.ndarray):
             array = data
-            self.layout = TensorLayout(dtype=array.dtype.name, shape=list(array.shape))
+            if array.dtype.hasobject or not array.dtype.isnative:
+                raise InvalidDescriptor(f"an array of {array.dtype!r} can't be moved: its bytes mean nothing elsewhere")
+            if array.dtype != np.uint8 or array.ndim != 1:
+                self.layout = TensorLayout(dtype=array.dtype.name, shape=list(array.shape))
         else:
             try:
                 array = np.frombuffer(data, dtype=np.uint8)
@@ -139,12 +143,10 @@ class Descriptor:
         return f"Descriptor({self.num_bytes:,} bytes on {self.device!r})"
 
 
-def layout_of(tensor: "torch.Tensor") -> TensorLayout | None:
-    """dtype and shape of a tensor; None for one of bytes in one dimension, which may hold anything."""
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    if dtype == "uint8" and tensor.dim() == 1:
-        return None
-    return TensorLayout(dtype=dtype, shape=list(tensor.shape))
+def layout_of(dtype: "torch.dtype", shape: Sequence[int]) -> TensorLayout | None:
+    """Of a tensor; None for one of bytes (uint8) in one dimension, which may hold anything."""
+    name = str(dtype).removeprefix("torch.")
+    return None if name == "uint8" and len(shape) == 1 else TensorLayout(dtype=name, shape=list(shape))
 
 
 def _root(array: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":

@@ -36,25 +36,18 @@ _UNPINNED = _Unpinned()
 
 
 class _Together:
-    """Several leases as one."""
+    """Several memories' leases as one."""
 
-    def __init__(self, leases: Sequence[Pinnable]) -> None:
-        self._leases = leases
+    def __init__(self, parts: "Sequence[LocalMemory]") -> None:
+        self._parts = parts
 
     def pin(self) -> None:
-        pinned: list[Pinnable] = []
-        try:
-            for lease in self._leases:
-                lease.pin()
-                pinned.append(lease)
-        except BaseException:
-            for lease in pinned:
-                lease.unpin()
-            raise
+        for part in self._parts:
+            part.lease.pin()
 
     def unpin(self) -> None:
-        for lease in self._leases:
-            lease.unpin()
+        for part in self._parts:
+            part.lease.unpin()
 
 
 class LocalMemory(NamedTuple):
@@ -107,38 +100,47 @@ class RegisteredMemory:
         region = self.add(storage)
         return TensorArena(Arena(region.region, region.address, capacity_bytes), storage)
 
-    def describe(self, local: Any) -> LocalMemory:
-        """Name the bytes of whatever a caller hands over, registering them if nobody did.
+    def hold(self, local: Any) -> LocalMemory:
+        """Name the bytes of whatever a caller hands over, registering them if nobody did, and pin them.
 
         Takes `LocalMemory`, `ArenaTensor`, `KvBlocks`, a `Descriptor`, what a `Descriptor` is made of, or a list of
-        these, whose bytes follow each other. Raises what `Descriptor` raises, `RegistrationError`, `PoolExhausted`.
+        these, whose bytes follow each other. Raises what `Descriptor` raises, `RegistrationError`, `PoolExhausted`;
+        nothing is pinned then. The caller owes one `lease.unpin()`.
         """
-        if isinstance(local, LocalMemory):
-            return local
-        if hasattr(local, "descriptor"):
-            described: LocalMemory = local.descriptor
-            return described
         if isinstance(local, list):
-            return self._describe_list(local)
-        return self._describe_one(local if isinstance(local, Descriptor) else Descriptor(local))
+            return self._hold_list(local)
+        if not isinstance(local, LocalMemory):
+            if not hasattr(local, "descriptor"):
+                return self._hold_one(local if isinstance(local, Descriptor) else Descriptor(local))
+            local = local.descriptor
+        described: LocalMemory = local
+        described.lease.pin()
+        return described
 
-    def _describe_list(self, pieces: list[Any]) -> LocalMemory:
+    def _hold_list(self, pieces: list[Any]) -> LocalMemory:
         if not pieces:
             raise LocalProtocolError("an operation needs at least one descriptor")
-        parts = [self.describe(piece) for piece in pieces]
-        if len({part.device for part in parts}) > 1:
-            raise LocalProtocolError("one operation can't mix devices on one side; use an operation for each")
+        parts: list[LocalMemory] = []
+        together = _Together(parts)
+        try:
+            for piece in pieces:
+                parts.append(self.hold(piece))  # noqa: PERF401  # those before a failure are to be let go
+            if len({part.device for part in parts}) > 1:
+                raise LocalProtocolError("one operation can't mix devices on one side; use an operation for each")
+        except BaseException:
+            together.unpin()
+            raise
         return LocalMemory(
             [extent for part in parts for extent in part.extents],
             sum(part.num_bytes for part in parts),
-            _Together([part.lease for part in parts]),
+            together,
             parts,
             None,
             parts[0].device,
             all(part.is_writable for part in parts),
         )
 
-    def _describe_one(self, descriptor: Descriptor) -> LocalMemory:
+    def _hold_one(self, descriptor: Descriptor) -> LocalMemory:
         address, num_bytes, device = descriptor.address, descriptor.num_bytes, descriptor.device
         region = self._static_region(address, num_bytes, device)
         lease: Pinnable = _UNPINNED
@@ -149,7 +151,7 @@ class RegisteredMemory:
         return LocalMemory([extent], num_bytes, lease, descriptor, descriptor.layout, device, descriptor.is_writable)
 
     def _static_region(self, address: int, num_bytes: int, device: Device) -> Region | None:
-        for number in self._storages:
+        for number in tuple(self._storages):
             region = self._regions[number]
             inside = region.address <= address and address + num_bytes <= region.address + region.length_bytes
             if inside and (region.memory_type, region.device_id) == (device.memory_type, device.id):
@@ -204,9 +206,7 @@ class ArenaTensor:
 
     @property
     def _layout(self) -> TensorLayout | None:
-        if len(self._shape) == 1 and self._dtype.itemsize == 1:
-            return None  # bytes
-        return layout_of(self.tensor)
+        return layout_of(self._dtype, self._shape)
 
     def free(self) -> None:
         """Give the slice back, now or when the last operation lets go of it."""

@@ -13,7 +13,7 @@ from collections import OrderedDict
 
 from bus.data_plane.agent import NixlAgent
 from bus.data_plane.descriptor import Descriptor, Device
-from bus.errors import PoolExhausted
+from bus.errors import LocalProtocolError, PoolExhausted
 from schemas.handshake import Region
 
 
@@ -26,6 +26,8 @@ class Registration:
         self.token = token
         self._cache = cache
         self.owner: weakref.ref[object] | None = None
+        self.has_ended = False
+        """Its owner is gone: nothing new may use it, and the last pin ends it."""
 
     def pin(self) -> None:
         """Keep it registered for an operation, which keeps the memory itself."""
@@ -62,12 +64,17 @@ class ForeignMemory:
         return len(self._cached)
 
     def hold(self, descriptor: Descriptor) -> Registration:
-        """The registration that covers a descriptor. Raises `PoolExhausted` past the bound, `RegistrationError`."""
+        """The registration that covers a descriptor, pinned.
+
+        Raises `PoolExhausted` past the bound, `RegistrationError`.
+        """
         key = (descriptor.device.memory_type, descriptor.device.id)
         with self._lock:
             for number, cached in reversed(self._cached.items()):
-                if (cached.region.memory_type, cached.region.device_id) == key and cached.covers(descriptor):
+                is_usable = not cached.has_ended and (cached.region.memory_type, cached.region.device_id) == key
+                if is_usable and cached.covers(descriptor):
                     self._cached.move_to_end(number)
+                    cached.num_pins += 1
                     return cached
             self._make_room()
             owner, address, length_bytes = descriptor.storage or (
@@ -79,6 +86,7 @@ class ForeignMemory:
             self.num_registrations += 1
             self._cached[registration.region.region] = registration
             self._follow(registration, owner)
+            registration.num_pins += 1
             return registration
 
     def register(self, address: int, length_bytes: int, device: Device) -> Registration:
@@ -98,22 +106,30 @@ class ForeignMemory:
             return Registration(self, region, token)
 
     def pin(self, registration: Registration) -> None:
-        """Count one operation more."""
+        """Count one operation more. Raises `LocalProtocolError` for one that has ended."""
         with self._lock:
+            if registration.region.region not in self._cached:
+                raise LocalProtocolError("the memory's registration has ended; describe it again")
             registration.num_pins += 1
 
     def unpin(self, registration: Registration) -> None:
         """Count one operation less; without an owner to follow, the last one ends the registration."""
         with self._lock:
             registration.num_pins -= 1
-            if registration.num_pins == 0 and registration.owner is None:
+            if registration.num_pins == 0 and (registration.owner is None or registration.has_ended):
                 self._end(registration)
 
     def _follow(self, registration: Registration, owner: object) -> None:
         try:
-            registration.owner = weakref.ref(owner, lambda _: self._end(registration))
+            registration.owner = weakref.ref(owner, lambda _: self._on_owner_gone(registration))
         except TypeError:  # an owner that can't be followed: the registration ends with its last operation
             registration.owner = None
+
+    def _on_owner_gone(self, registration: Registration) -> None:
+        with self._lock:
+            registration.has_ended = True
+            if registration.num_pins == 0:
+                self._end(registration)
 
     def _make_room(self) -> None:
         if len(self._cached) < self._max:

@@ -24,7 +24,7 @@ from bus.data_plane import cuda
 from bus.data_plane.addressing import CopyPair, Cutter
 from bus.data_plane.agent import NixlAgent, TransferDirection, TransferState, TransferTelemetry
 from bus.deadline import Deadline
-from bus.errors import BusError, DeadlineExceeded, PoolExhausted, TransferError
+from bus.errors import BusError, DeadlineExceeded, LocalProtocolError, PoolExhausted, TransferError
 
 T = TypeVar("T")
 
@@ -123,6 +123,8 @@ class Transfer:
             return True
         if self._cutter.is_empty or len(self._in_flight) >= self._window:
             return False
+        if self._stream is not None and not self.is_draining and not self._stream.is_reached():
+            return False
         self._post(agent, chunk_bytes)
         return True
 
@@ -200,8 +202,6 @@ class Transfer:
             raise TransferCancelled("the transfer was cancelled", peer=self.plan.peer)
         if self.deadline.expired:
             raise DeadlineExceeded("the lease ran out before everything was posted", peer=self.plan.peer)
-        if self._stream is not None:
-            self._stream.wait()
 
 
 class TransferEngine:
@@ -222,6 +222,7 @@ class TransferEngine:
         self._num_expecting = 0
         self._small_at_s = 0.0
         self._small_is_waiting = False
+        self._is_stopping = False
         self._thread = threading.Thread(target=self._own, name="nixl-owner", daemon=True)
         self._thread.start()
 
@@ -261,6 +262,8 @@ class TransferEngine:
 
     async def call(self, function: Callable[[], T]) -> T:
         """Run a blocking NIXL call on the owner thread and return its result."""
+        if self._is_stopping:
+            raise LocalProtocolError("the bus is closing")
         answer: asyncio.Future[T] = self._loop.create_future()
 
         def job() -> None:
@@ -277,6 +280,7 @@ class TransferEngine:
     async def close(self, timeout_s: float) -> bool:
         """Let the transfers under way end, for up to `timeout_s`, and stop the thread; returns whether they did."""
         self._num_expecting = 0
+        self._is_stopping = True
         self._jobs.put(None)
         await asyncio.to_thread(self._thread.join, timeout_s)
         if self._thread.is_alive():
@@ -290,14 +294,23 @@ class TransferEngine:
     def _finished_inline(self, transfer: Transfer) -> bool:
         """Try to finish a small transfer here and now; what doesn't end at once is the owner thread's."""
         self._small_is_waiting = True
-        transfer.step(self.agent, self._chunk_bytes)
+        self._advance(transfer, self._chunk_bytes)
         self._small_is_waiting = False
         self._small_at_s = now_s = time.monotonic()
         while not transfer.is_terminal:
             if time.monotonic() - now_s > INLINE_POLL_S:
                 return False
-            transfer.step(self.agent, self._chunk_bytes)
+            self._advance(transfer, self._chunk_bytes)
         return True
+
+    def _advance(self, transfer: Transfer, chunk_bytes: int) -> bool:
+        """One step that ends no thread and no event loop, whatever goes wrong in it."""
+        try:
+            return transfer.step(self.agent, chunk_bytes)
+        except Exception as error:
+            _LOG.exception("a transfer failed unexpectedly")
+            transfer.stop(TransferError(f"the transfer failed unexpectedly: {type(error).__name__}"))
+            return True
 
     def _note_end(self, transfer: Transfer) -> None:
         self._under_way.discard(transfer)
@@ -336,12 +349,7 @@ class TransferEngine:
             time.sleep(_SHORTEST_SLEEP_S)
         contended = time.monotonic() - self._small_at_s < CONTENTION_S
         num_done_bytes = transfer.num_done_bytes
-        try:
-            moved = transfer.step(self.agent, CONTENDED_CHUNK_BYTES if contended else self._chunk_bytes)
-        except Exception as error:  # a defect here must not end the thread that all transfers wait for
-            _LOG.exception("the owner thread failed in a transfer")
-            transfer.stop(TransferError(f"the transfer failed unexpectedly: {type(error).__name__}"))
-            moved = True
+        moved = self._advance(transfer, CONTENDED_CHUNK_BYTES if contended else self._chunk_bytes)
         if transfer.on_progress and transfer.num_done_bytes > num_done_bytes:
             self._tell(transfer.on_progress, transfer.num_done_bytes)
         if transfer.is_terminal:

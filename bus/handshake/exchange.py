@@ -9,6 +9,7 @@ is never removed: NIXL leaks a socket with each removal, on both sides. A peer o
 
 import asyncio
 from collections.abc import Callable, Sequence
+from contextvars import Context
 from dataclasses import dataclass
 
 from bus.control_plane.call import Caller
@@ -129,7 +130,7 @@ class Peers:
             if asked_by_another is not None:
                 await asyncio.shield(asked_by_another)  # its answer may not be about our regions: look again
                 continue
-            asking = self._asking[key] = asyncio.create_task(self._introduce_once(metadata, key))
+            asking = self._asking[key] = asyncio.create_task(self._introduce_once(metadata, key), context=Context())
             asking.add_done_callback(_note_end)
             await asyncio.shield(asking)
             if self.known(metadata) is None:

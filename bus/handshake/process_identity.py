@@ -19,15 +19,12 @@ _START_TICKS_FIELD = 22
 
 
 def identity_of(pid: int) -> ProcessIdentity:
-    """A live process's identity. Raises `ProcessLookupError`."""
-    start_ticks = _start_ticks(pid)
-    if start_ticks is None:
-        raise ProcessLookupError(pid)
+    """A live process's identity. Raises `ProcessLookupError`, or another `OSError` where /proc hides it."""
     return ProcessIdentity(
         boot_id=Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
         pid_namespace=os.readlink("/proc/self/ns/pid"),
         pid=pid,
-        start_ticks=start_ticks,
+        start_ticks=_start_ticks(pid),
     )
 
 
@@ -56,16 +53,20 @@ class ProcessWatch:
         if process in self._watched:
             self._watched[process][1].append(callback)
             return True
+        descriptor = -1
         try:
             descriptor = os.pidfd_open(process.pid)
+            is_gone = _start_ticks(process.pid) != process.start_ticks  # or the pid is somebody else's by now
         except ProcessLookupError:
-            self._loop.call_soon(callback)
-            return True
-        except OSError as error:
+            is_gone = True
+        except OSError as error:  # no descriptors left, /proc hidden: that is proof of nothing
             _LOG.warning("the process of a peer can't be watched: %s", error)
+            if descriptor >= 0:
+                os.close(descriptor)
             return False
-        if _start_ticks(process.pid) != process.start_ticks:  # the pid is somebody else's by now
-            os.close(descriptor)
+        if is_gone:
+            if descriptor >= 0:
+                os.close(descriptor)
             self._loop.call_soon(callback)
             return True
         self._watched[process] = (descriptor, [callback])
@@ -91,10 +92,12 @@ class ProcessWatch:
             callback()
 
 
-def _start_ticks(pid: int) -> int | None:
+def _start_ticks(pid: int) -> int:
+    """Raises `ProcessLookupError` when there is no such process, another `OSError` when that can't be told."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return None
+    except FileNotFoundError:
+        os.kill(pid, 0)  # /proc may hide it: raises ProcessLookupError only if it is gone
+        raise PermissionError(f"/proc tells nothing of process {pid}") from None
     after_name = text.rpartition(")")[2].split()  # the name may hold blanks and brackets
     return int(after_name[_START_TICKS_FIELD - 3])

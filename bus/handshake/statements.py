@@ -4,6 +4,7 @@ In: a `KeyRing` and the fields of a message. Out: the signed message; or, for on
 Every field that is acted upon is covered. Pure but for the nonce's randomness.
 """
 
+import hmac
 import secrets
 from collections.abc import Sequence
 
@@ -13,9 +14,19 @@ from bus.errors import AuthenticationError, RemoteProtocolError
 from bus.handshake.authentication import KeyRing
 from schemas.codec import MessageError, decode, encode
 from schemas.handshake import UNSIGNED, AgentDescription, AgentMetadataReply, AgentMetadataRequest
-from schemas.operations import EpochDrained, Initiator, ProcessIdentity, ProcessReaped
+from schemas.operations import (
+    ClaimRequest,
+    EpochDrained,
+    Initiator,
+    OperationStatusReply,
+    OperationStatusRequest,
+    ProcessIdentity,
+    ProcessReaped,
+    RdmaMetadata,
+)
 
 _QUESTION, _ANSWER, _DRAINED, _REAPED = b"question", b"answer", b"epoch drained", b"process reaped"
+_GRANT, _CLAIM, _TOKEN, _STATUS = b"grant", b"claim", b"token", b"status"
 
 
 def question(
@@ -83,3 +94,55 @@ def check_process_reaped(keys: KeyRing, message: ProcessReaped) -> None:
     """Whether a member says so. Raises `AuthenticationError`."""
     parts = (message.worker_id.encode(), msgspec.msgpack.encode(message.process))
     keys.verify((message.key_id, message.mac), _REAPED, *parts, peer=message.worker_id)
+
+
+def grant_token(keys: KeyRing, metadata: RdmaMetadata) -> bytes:
+    """What a named grant carries: a proof of all that it says. `metadata` is without it."""
+    return keys.tag(_GRANT, encode(metadata))
+
+
+def check_grant(keys: KeyRing, metadata: RdmaMetadata) -> None:
+    """Whether a member made a named grant. Raises `AuthenticationError`."""
+    token = metadata.token or b""
+    said = encode(msgspec.structs.replace(metadata, token=None))
+    if not any(hmac.compare_digest(token, tag) for tag in keys.tags(_GRANT, said)):
+        raise AuthenticationError(
+            "the grant carries no valid proof", peer=metadata.worker_id, operation_id=metadata.operation_id
+        )
+
+
+def claim_request(keys: KeyRing, metadata: RdmaMetadata, initiator: Initiator) -> ClaimRequest:
+    """Ask for an open grant."""
+    proof = keys.tag(_CLAIM, *_claim(metadata.operation_id, metadata.epoch, initiator))
+    return ClaimRequest(operation_id=metadata.operation_id, epoch=metadata.epoch, initiator=initiator, proof=proof)
+
+
+def check_claim(keys: KeyRing, request: ClaimRequest) -> None:
+    """Whether a member asks. Raises `AuthenticationError`."""
+    tags = keys.tags(_CLAIM, *_claim(request.operation_id, request.epoch, request.initiator))
+    if not any(hmac.compare_digest(request.proof, tag) for tag in tags):
+        raise AuthenticationError("the claim carries no valid proof", peer=request.initiator.worker_id)
+
+
+def claim_tokens(keys: KeyRing, operation_id: str, epoch: str, initiator: Initiator) -> list[bytes]:
+    """What the ack of a claim must carry, under each key; the first is ours to use. It is never sent with the claim."""
+    return keys.tags(_TOKEN, *_claim(operation_id, epoch, initiator))
+
+
+def status_reply(keys: KeyRing, request: OperationStatusRequest, reply: OperationStatusReply) -> OperationStatusReply:
+    """An answer with its proof, to this question alone."""
+    return msgspec.structs.replace(reply, proof=keys.tag(_STATUS, *_status(request, reply)))
+
+
+def is_status_proved(keys: KeyRing, request: OperationStatusRequest, reply: OperationStatusReply) -> bool:
+    """Whether a member answered this question."""
+    return any(hmac.compare_digest(reply.proof, tag) for tag in keys.tags(_STATUS, *_status(request, reply)))
+
+
+def _claim(operation_id: str, epoch: str, initiator: Initiator) -> tuple[bytes, ...]:
+    return operation_id.encode(), epoch.encode(), initiator.worker_id.encode(), initiator.epoch.encode()
+
+
+def _status(request: OperationStatusRequest, reply: OperationStatusReply) -> tuple[bytes, ...]:
+    asked = (request.nonce, request.operation_id.encode(), request.worker_id.encode(), request.epoch.encode())
+    return *asked, reply.initiator.worker_id.encode(), reply.initiator.epoch.encode(), reply.state.encode()

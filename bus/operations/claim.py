@@ -7,6 +7,8 @@ initiator's undertakings before the target hears of it.
 
 import asyncio
 import logging
+import time
+from contextvars import Context
 from dataclasses import dataclass
 
 from bus.control_plane.call import Caller
@@ -25,6 +27,8 @@ from bus.errors import (
     StaleGrant,
     fault_of,
 )
+from bus.handshake import statements
+from bus.handshake.authentication import KeyRing
 from bus.handshake.exchange import Peer, Peers
 from bus.operations.conclusions import Conclusions
 from bus.operations.lifecycle import InitiatorEvent, InitiatorState
@@ -33,7 +37,7 @@ from observability.active_span import NO_SPAN, Span
 from observability.propagation import inject
 from schemas.codec import encode
 from schemas.fault import FaultCode
-from schemas.operations import AckOutcome, ClaimReply, ClaimRequest, CompletionAck, Initiator, RdmaMetadata
+from schemas.operations import AckOutcome, ClaimReply, CompletionAck, Initiator, RdmaMetadata
 from schemas.subjects import Subjects
 
 CLAIM_ENDPOINT = "claim"
@@ -56,6 +60,8 @@ class Lanes:
     engine: TransferEngine
     undertakings: Undertakings
     conclusions: Conclusions
+    keys: KeyRing
+    loop: asyncio.AbstractEventLoop
 
 
 class Claim:
@@ -132,8 +138,11 @@ class Claim:
             _LOG.warning("the ack of operation %s could not be sent: %s", ack.operation_id, failure)
 
     def release(self) -> None:
-        """Give an unspent claim back."""
-        if not self.is_spent:
+        """Give an unspent claim back; from any thread."""
+        home = self._lanes.loop
+        if asyncio._get_running_loop() is not home:
+            home.call_soon_threadsafe(self.release)
+        elif not self.is_spent:
             self._undertaking.move(InitiatorEvent.CANCEL)
             self.acknowledge(AckOutcome.NEVER_POSTED)
 
@@ -152,6 +161,7 @@ def named_claim(lanes: Lanes, metadata: RdmaMetadata) -> Claim | None:
     if metadata.token is None or (peer := lanes.peers.known(metadata)) is None:
         return None
     deadline = _deadline(lanes, metadata)
+    statements.check_grant(lanes.keys, metadata)
     return Claim(lanes, metadata, peer, metadata.token, deadline, lanes.undertakings.begin(metadata))
 
 
@@ -163,20 +173,31 @@ async def claim(lanes: Lanes, metadata: RdmaMetadata) -> Claim:
     the target may have granted meanwhile.
     """
     deadline = _deadline(lanes, metadata)
+    if metadata.token is not None:
+        statements.check_grant(lanes.keys, metadata)
     undertaking = lanes.undertakings.begin(metadata)
     try:
-        peer = await lanes.peers.ensure(metadata)
-    except BaseException:
+        async with asyncio.timeout(deadline.remaining_s):
+            peer = await lanes.peers.ensure(metadata)
+    except BaseException as error:
         _give_up(lanes, metadata, undertaking)
+        if isinstance(error, TimeoutError):
+            raise DeadlineExceeded("the handshake took longer than the lease", peer=metadata.worker_id) from None
         raise
     if metadata.token is not None:
-        return Claim(lanes, metadata, peer, metadata.token, deadline, undertaking)
+        return _timed(lanes, Claim(lanes, metadata, peer, metadata.token, deadline, undertaking))
     claiming = asyncio.create_task(_ask(lanes, metadata, peer, deadline, undertaking))
     try:
-        return await asyncio.shield(claiming)
+        return _timed(lanes, await asyncio.shield(claiming))
     except asyncio.CancelledError:
         lanes.conclusions.add(_give_back(claiming))
         raise
+
+
+def _timed(lanes: Lanes, held: Claim) -> Claim:
+    """See that a claim that is never spent goes back at the end of its lease."""
+    lanes.loop.call_later(max(0.0, held.deadline.remaining_s), held.release, context=Context())
+    return held
 
 
 def _deadline(lanes: Lanes, metadata: RdmaMetadata) -> Deadline:
@@ -192,6 +213,7 @@ def _give_up(lanes: Lanes, metadata: RdmaMetadata, undertaking: Undertaking) -> 
     """End what never came to a claim; whoever named us is told, so that its memory is free at once."""
     undertaking.move(InitiatorEvent.CANCEL)
     if metadata.token is None:
+        lanes.undertakings.forget(undertaking)
         return
     undertaking.ack = CompletionAck(
         operation_id=metadata.operation_id,
@@ -207,11 +229,12 @@ def _give_up(lanes: Lanes, metadata: RdmaMetadata, undertaking: Undertaking) -> 
 
 
 async def _ask(lanes: Lanes, metadata: RdmaMetadata, peer: Peer, deadline: Deadline, undertaking: Undertaking) -> Claim:
-    request = ClaimRequest(operation_id=metadata.operation_id, epoch=metadata.epoch, initiator=lanes.identity)
+    request = statements.claim_request(lanes.keys, metadata, lanes.identity)
     subject = lanes.subjects.worker(metadata.worker_id, CLAIM_ENDPOINT)
     try:
         while True:
             timeout_s = max(0.001, min(CLAIM_RETRY_S, deadline.remaining_s))
+            asked_at_s = time.monotonic()
             try:
                 reply = await lanes.caller.ask_peer(subject, request, ClaimReply, timeout_s=timeout_s)
                 break
@@ -229,7 +252,9 @@ async def _ask(lanes: Lanes, metadata: RdmaMetadata, peer: Peer, deadline: Deadl
     except BaseException:
         undertaking.move(InitiatorEvent.CANCEL)  # from now on a query is told that nothing was posted
         raise
-    return Claim(lanes, metadata, peer, reply.token, Deadline.after(reply.lease_ms / 1000), undertaking)
+    token = statements.claim_tokens(lanes.keys, metadata.operation_id, metadata.epoch, lanes.identity)[0]
+    until = Deadline(min(deadline.at_s, asked_at_s + reply.lease_ms / 1000))  # as if the answer had taken no time
+    return Claim(lanes, metadata, peer, token, until, undertaking)
 
 
 async def _give_back(claiming: "asyncio.Task[Claim]") -> None:
@@ -244,6 +269,8 @@ class PendingClaim:
     """A claim on its way, beside other work. An async context manager; leaving it gives an unspent claim back."""
 
     def __init__(self, lanes: Lanes, metadata: RdmaMetadata) -> None:
+        if asyncio.get_running_loop() is not lanes.loop:
+            raise LocalProtocolError("claim_ahead is for the event loop of the bus", remedy="await bus.claim instead")
         self._lanes = lanes
         self._claiming = asyncio.create_task(claim(lanes, metadata))
 

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Coroutine
+from contextvars import Context
 from typing import Any
 
 
@@ -17,8 +18,8 @@ class Conclusions:
         return len(self._tasks)
 
     def add(self, conclusion: Coroutine[Any, Any, None]) -> None:
-        """Run `conclusion` to its end."""
-        task = asyncio.create_task(conclusion)
+        """Run `conclusion` to its end, under no deadline but its own: not that of the request that caused it."""
+        task = asyncio.create_task(conclusion, context=Context())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 

@@ -10,6 +10,7 @@ weaker promises, so that both ways are off unless the caller allows them:
 """
 
 import secrets
+from typing import Any
 
 from bus.data_plane.addressing import AddressRange, pair, resolve
 from bus.data_plane.agent import NixlAgent
@@ -72,7 +73,7 @@ async def begin(
     lanes: Lanes,
     kind: OperationKind,
     invited: DynamoMetadata,
-    memory: LocalMemory,
+    data: Any,
     lease_s: float,
     on_progress: Progress | None = None,
 ) -> ActiveOperation:
@@ -80,11 +81,11 @@ async def begin(
 
     Raises `WrongPairing`, `WrongLength`, `ReadOnlyMemory`, `RemoteProtocolError`, `PeerLost`; nothing was posted then.
     """
-    _check(kind, invited, memory)
     deadline = Deadline.after(lease_s)
-    remote_type, remote = _remote(invited)
-    memory.lease.pin()
+    memory = lanes.memory.hold(data)
     try:
+        _check(kind, invited, memory)
+        remote_type, remote = _remote(invited)
         try:
             agent_metadata = invited.agent_metadata()
         except MessageError as error:

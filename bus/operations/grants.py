@@ -9,15 +9,29 @@ import asyncio
 import hmac
 import logging
 import secrets
+from collections import Counter, OrderedDict
 from collections.abc import Awaitable, Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import msgspec
 
 from bus.data_plane.addressing import resolve
 from bus.data_plane.checksum import checksum
 from bus.data_plane.memory import LocalMemory, RegisteredMemory
 from bus.data_plane.transfer import TransferEngine
 from bus.deadline import Deadline
-from bus.errors import ChecksumMismatch, LocalProtocolError, PoolExhausted, ReadOnlyMemory, StaleGrant
+from bus.errors import (
+    BusError,
+    ChecksumMismatch,
+    DataPlaneError,
+    LocalProtocolError,
+    PeerLost,
+    PoolExhausted,
+    ReadOnlyMemory,
+    StaleGrant,
+)
+from bus.handshake import statements
+from bus.handshake.authentication import KeyRing
 from bus.operations import dynamo
 from bus.operations.conclusions import Conclusions
 from bus.operations.target import ANONYMOUS, PassiveOperation, ReadableOperation, Seat, WritableOperation
@@ -36,6 +50,9 @@ from schemas.operations import (
     OperationStatusRequest,
     RdmaMetadata,
 )
+
+MAX_GONE = 65_536
+"""Ended workers that are remembered, so that nothing is granted to them."""
 
 _LOG = logging.getLogger(__name__)
 
@@ -75,6 +92,7 @@ class Grants:
         ask_initiator: AskInitiator,
         conclusions: Conclusions,
         engine: TransferEngine,
+        keys: KeyRing,
     ) -> None:
         self._identity = identity
         self._memory = memory
@@ -82,6 +100,9 @@ class Grants:
         self._ask_initiator = ask_initiator
         self._conclusions = conclusions
         self._engine = engine
+        self._keys = keys
+        self._serials: Counter[Initiator] = Counter()
+        self._gone: OrderedDict[Initiator, None] = OrderedDict()
         self._notified_by: dict[bytes, PassiveOperation] = {}
         self._operations: dict[str, PassiveOperation] = {}
         self._asked: set[str] = set()
@@ -98,41 +119,42 @@ class Grants:
         """Operations whose memory somebody else may touch."""
         return len(self._operations)
 
-    async def create(self, memory: LocalMemory, terms: GrantTerms) -> PassiveOperation:
-        """Grant memory. Raises `LocalProtocolError`, `ReadOnlyMemory`, and `PoolExhausted` when too much is fenced."""
-        self._check(memory, terms)
-        proof = None
-        if terms.checksum and terms.kind is OperationKind.READABLE:
-            proof = await checksum(resolve(memory.extents, self._memory.regions))
-        named = ANONYMOUS if terms.allow_unauthenticated else terms.initiator
-        random = secrets.token_bytes(24)
-        metadata = RdmaMetadata(
-            operation_id=random[:8].hex(),
-            kind=terms.kind,
-            worker_id=self._identity.worker_id,
-            epoch=self._identity.epoch,
-            memory=list(memory.extents),
-            lease_ms=max(1, terms.deadline.remaining_ms),
-            initiator=named,
-            token=random[8:] if named else None,
-            layout=memory.layout,
-            max_claims=terms.max_claims,
-            checksummed=terms.checksum,
-            checksum=proof,
-        )
-        operation = self._add(metadata, memory, terms)
+    async def create(self, local: Any, terms: GrantTerms) -> PassiveOperation:
+        """Grant memory.
+
+        Raises what `RegisteredMemory.hold` raises, `LocalProtocolError`, `ReadOnlyMemory`, `PeerLost` for an initiator
+        that is gone, and `PoolExhausted` when too much is fenced.
+        """
+        memory = self._memory.hold(local)
+        try:
+            self._check(memory, terms)
+            proof = None
+            if terms.checksum and terms.kind is OperationKind.READABLE:
+                proof = await checksum(resolve(memory.extents, self._memory.regions))
+            operation = self._add(self._metadata(memory, terms, proof), memory, terms)
+        except BaseException:
+            memory.lease.unpin()
+            raise
         if terms.allow_unauthenticated:
-            self._invite(operation, random[8:].hex())
+            self._invite(operation)
         return operation
 
     def claim(self, request: ClaimRequest) -> ClaimReply:
-        """Answer an initiator's claim. Raises `StaleGrant` for one that is unknown, taken, or of another epoch."""
+        """Answer an initiator's claim.
+
+        Raises `AuthenticationError`, and `StaleGrant` for a grant that is unknown, taken, or of another epoch.
+        """
+        statements.check_claim(self._keys, request)
+        operation_id, initiator = request.operation_id, request.initiator
         if request.epoch != self._identity.epoch:
-            raise StaleGrant("the grant is of another epoch", operation_id=request.operation_id)
-        operation = self._operations.get(request.operation_id)
+            raise StaleGrant("the grant is of another epoch", operation_id=operation_id)
+        operation = self._operations.get(operation_id)
         if operation is None:
-            raise StaleGrant("no such grant: it ended, or never was", operation_id=request.operation_id)
-        return operation.claim(request.initiator)
+            raise StaleGrant("no such grant: it ended, or never was", operation_id=operation_id)
+        if initiator in self._gone:
+            raise StaleGrant("the initiator is known to be gone", operation_id=operation_id)
+        tokens = statements.claim_tokens(self._keys, operation_id, request.epoch, initiator)
+        return operation.claim(initiator, tokens)
 
     def acknowledge(self, ack: CompletionAck, headers: Mapping[str, str] | None = None) -> None:
         """Hand an ack to its operation; one that is nobody's is counted and dropped."""
@@ -149,13 +171,18 @@ class Grants:
 
     def initiator_gone(self, initiator: Initiator) -> None:
         """A process is proved to be gone, or its epoch drained: end its claims and free what they fenced."""
+        self._gone[initiator] = None
+        self._serials.pop(initiator, None)
+        if len(self._gone) > MAX_GONE:
+            self._gone.popitem(last=False)
         for operation in list(self._operations.values()):
             operation.initiator_gone(initiator)
 
     def cancel_all(self) -> None:
-        """Answer every waiter; for shutdown."""
+        """Answer every waiter, and ask nobody any more; for shutdown."""
         for operation in list(self._operations.values()):
             operation.cancel()
+            operation.stop_asking()
 
     def quarantined(self, operation: PassiveOperation, is_so: bool) -> None:
         """Count fenced memory; see `Listener`."""
@@ -205,6 +232,8 @@ class Grants:
                 "several claims are for open, readable grants: two writers of one memory would mix their bytes",
                 remedy="create one writable operation for each writer",
             )
+        if terms.initiator is not None and terms.initiator in self._gone:
+            raise PeerLost("the grant's initiator is known to be gone", peer=terms.initiator.worker_id)
         if terms.allow_unauthenticated and (terms.checksum or terms.initiator or terms.max_claims > 1):
             raise LocalProtocolError("a grant for initiators without a bus has no checksum, name or several claims")
         if terms.checksum and memory.device.memory_type != "DRAM":
@@ -212,13 +241,36 @@ class Grants:
         if self.is_overrun:
             raise PoolExhausted(self._overrun_text(), remedy="restart the worker, or find the peers that hang")
 
+    def _metadata(self, memory: LocalMemory, terms: GrantTerms, proof: bytes | None) -> RdmaMetadata:
+        named = ANONYMOUS if terms.allow_unauthenticated else terms.initiator
+        if named is not None:
+            self._serials[named] += 1
+        metadata = RdmaMetadata(
+            operation_id=secrets.token_hex(8),
+            kind=terms.kind,
+            worker_id=self._identity.worker_id,
+            epoch=self._identity.epoch,
+            memory=list(memory.extents),
+            lease_ms=max(1, terms.deadline.remaining_ms),
+            initiator=named,
+            serial=self._serials[named] if named else 0,
+            layout=memory.layout,
+            max_claims=terms.max_claims,
+            checksummed=terms.checksum,
+            checksum=proof,
+        )
+        if named is None:
+            return metadata
+        return msgspec.structs.replace(metadata, token=statements.grant_token(self._keys, metadata))
+
     def _add(self, metadata: RdmaMetadata, memory: LocalMemory, terms: GrantTerms) -> PassiveOperation:
         operation_type = ReadableOperation if terms.kind is OperationKind.READABLE else WritableOperation
         operation = operation_type(metadata, memory, terms.deadline, _wait_span(metadata, memory, terms), self)
         self._operations[metadata.operation_id] = operation
         return operation
 
-    def _invite(self, operation: PassiveOperation, key: str) -> None:
+    def _invite(self, operation: PassiveOperation) -> None:
+        key = (operation.metadata.token or b"").hex()
         operation.invitation = dynamo.invitation(
             self._engine.agent, self._memory, operation.memory, operation.metadata.kind, key
         )
@@ -226,27 +278,37 @@ class Grants:
         self._engine.expect_notifications(1)
 
     async def _ask(self, operation: PassiveOperation, initiator: Initiator, key: str) -> None:
+        request = OperationStatusRequest(
+            operation_id=operation.metadata.operation_id,
+            worker_id=self._identity.worker_id,
+            epoch=self._identity.epoch,
+            initiator=initiator,
+            nonce=secrets.token_bytes(16),
+            serial=operation.metadata.serial,
+        )
         try:
-            reply = await self._ask_initiator(
-                OperationStatusRequest(
-                    operation_id=operation.metadata.operation_id,
-                    worker_id=self._identity.worker_id,
-                    epoch=self._identity.epoch,
-                    initiator=initiator,
-                )
-            )
+            reply = await self._ask_initiator(request)
         finally:
             self._asked.discard(key)
         if reply is None or reply.initiator != initiator:  # silence, or another epoch, proves nothing
             return
-        if reply.state is OperationState.REFUSED:
+        if not statements.is_status_proved(self._keys, request, reply):
+            _LOG.warning("what became of %s was said without proof", request.operation_id)
+        elif reply.state is OperationState.REFUSED:
             operation.revoke(initiator)
         elif reply.ack is not None and operation.acknowledge(reply.ack, None):
             self.num_recovered_acks += 1
 
     async def _verify(self, operation: PassiveOperation, seat: Seat, ack: CompletionAck) -> None:
-        ours = await checksum(resolve(operation.memory.extents, self._memory.regions))
-        error = None
+        error: BusError | None = None
+        try:
+            ours = await checksum(resolve(operation.memory.extents, self._memory.regions))
+        except BaseException as failure:
+            error = DataPlaneError(
+                f"the checksum could not be computed: {type(failure).__name__}", operation_id=ack.operation_id
+            )
+            operation.conclude(seat, ack, error)
+            raise
         if ack.checksum is None or not hmac.compare_digest(ours, ack.checksum):
             error = ChecksumMismatch(
                 "the bytes that arrived are not those that were sent",

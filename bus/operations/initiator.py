@@ -11,10 +11,11 @@ import asyncio
 import hmac
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
+from contextvars import Context
 from typing import Any, NamedTuple, Protocol
 
 from bus.data_plane.addressing import AddressRange, pair, resolve
-from bus.data_plane.agent import TransferDirection
+from bus.data_plane.agent import MEMORY_TYPES, TransferDirection
 from bus.data_plane.checksum import checksum
 from bus.data_plane.memory import LocalMemory
 from bus.data_plane.transfer import Transfer, TransferCancelled, TransferPlan, TransferReport
@@ -27,6 +28,8 @@ from bus.errors import (
     LeaseExpired,
     LocalProtocolError,
     ReadOnlyMemory,
+    RemoteProtocolError,
+    TransferError,
     WrongLayout,
     WrongLength,
     WrongPairing,
@@ -138,12 +141,11 @@ class ActiveOperation:
         self._span.event("posted")
         self._lanes.engine.start(transfer)
         if not self._is_decided:
-            self._timer = self._loop.call_later(self._claim.deadline.remaining_s, self._on_lease_end)
+            remaining_s = self._claim.deadline.remaining_s
+            self._timer = self._loop.call_later(remaining_s, self._on_lease_end, context=Context())
 
     def on_transfer_end(self) -> None:
         """NIXL will not touch the memory any more: tell the target, then our waiter."""
-        if self._timer is not None:
-            self._timer.cancel()
         self._wire_ms = (time.perf_counter() - self._started_s) * 1e3
         self._span.event("done")
         error = self._transfer.error
@@ -155,7 +157,12 @@ class ActiveOperation:
             self._conclude(None)
 
     async def _conclude_proved(self) -> None:
-        ours = await checksum(self._ranges)
+        try:
+            ours = await checksum(self._ranges)
+        except BaseException as failure:
+            what = f"the checksum could not be computed: {type(failure).__name__}"
+            self._conclude_failed(TransferError(what, operation_id=self.metadata.operation_id))
+            raise
         theirs = self.metadata.checksum
         if self.metadata.kind is OperationKind.READABLE and not hmac.compare_digest(ours, theirs or b""):
             self._conclude_failed(
@@ -205,6 +212,8 @@ class ActiveOperation:
             return
         self._is_decided = True
         self._error = error
+        if self._timer is not None:
+            self._timer.cancel()
         if error is not None:
             self._span.fail(error)
         for waiter in self._waiters:
@@ -244,7 +253,7 @@ async def begin(
     lanes: Lanes,
     kind: OperationKind,
     grant: RdmaMetadata | Claim,
-    memory: LocalMemory,
+    local: Any,
     on_progress: Progress | None = None,
 ) -> ActiveOperation:
     """Check, claim if need be, and start the one transfer that pairs with a grant of `kind`.
@@ -254,8 +263,9 @@ async def begin(
     """
     metadata = grant.metadata if isinstance(grant, Claim) else grant
     span = _span(lanes, PAIRINGS[kind], metadata)
-    memory.lease.pin()  # also against the registration cache, while we wait for the claim
+    memory: LocalMemory | None = None
     try:
+        memory = lanes.memory.hold(local)
         _check_pairing(metadata, kind, memory)
         if not isinstance(grant, Claim):
             if span.is_recording:
@@ -264,7 +274,8 @@ async def begin(
             span.event("claimed")
         return _started(lanes, grant, memory, PAIRINGS[kind], span, on_progress)
     except BaseException as error:
-        memory.lease.unpin()
+        if memory is not None:
+            memory.lease.unpin()
         if isinstance(grant, Claim):
             grant.release()
         span.fail(error)
@@ -338,12 +349,13 @@ def _check_pairing(metadata: RdmaMetadata, kind: OperationKind, memory: LocalMem
 
 
 def _memory_type(extents: Sequence[MemoryExtent], regions: Mapping[int, Region], peer: str) -> str:
-    if len(extents) == 1:
-        return regions[extents[0].region].memory_type
     types = {regions[extent.region].memory_type for extent in extents}
     if len(types) > 1:
         raise IncompatiblePeer("one operation can't mix host and device memory on one side", peer=peer)
-    return types.pop()
+    memory_type = types.pop()
+    if memory_type not in MEMORY_TYPES:
+        raise RemoteProtocolError(f"the peer's memory is {memory_type[:20]!r}", peer=peer)
+    return memory_type
 
 
 def _measured(report: TransferReport, wire_ms: float) -> dict[str, Any]:

@@ -10,8 +10,8 @@ was answered (`lifecycle`). Leaves out: the table of operations and who asks (`g
 
 import asyncio
 import hmac
-import secrets
 from collections.abc import Generator, Mapping
+from contextvars import Context
 from enum import Enum
 from typing import NamedTuple, Protocol
 
@@ -65,11 +65,11 @@ class PeerOutcome(NamedTuple):
 class Seat:
     """One of the claims that a grant has room for."""
 
-    __slots__ = ("ack", "error", "initiator", "is_verified", "state", "token")
+    __slots__ = ("ack", "error", "initiator", "is_verified", "state", "tokens")
 
-    def __init__(self, initiator: Initiator | None, token: bytes) -> None:
+    def __init__(self, initiator: Initiator | None, token: bytes | None) -> None:
         self.initiator = initiator
-        self.token = token
+        self.tokens = [token] if token else []
         self.state = GrantState.CLAIMED if token else GrantState.GRANTED  # a named grant may be acted on at once
         self.ack: CompletionAck | None = None
         self.error: BusError | None = None
@@ -77,7 +77,7 @@ class Seat:
 
     def is_by(self, ack: CompletionAck) -> bool:
         """Whether an ack is of the initiator that sits here: worker, epoch and token."""
-        return bool(self.token) and ack.initiator == self.initiator and hmac.compare_digest(ack.token, self.token)
+        return ack.initiator == self.initiator and any(hmac.compare_digest(ack.token, own) for own in self.tokens)
 
 
 class Listener(Protocol):
@@ -110,7 +110,7 @@ class PassiveOperation:
         self.invitation = ""
         """For an initiator that has no bus; see `to_dynamo`."""
         self._listener = listener
-        self._seats = [Seat(metadata.initiator, metadata.token or b"") for _ in range(metadata.max_claims)]
+        self._seats = [Seat(metadata.initiator, metadata.token) for _ in range(metadata.max_claims)]
         self._num_waiting = self._num_fenced = metadata.max_claims
         self._waiters: list[asyncio.Future[None]] = []
         self._is_decided = False
@@ -119,8 +119,7 @@ class PassiveOperation:
         self._lease_s = deadline.remaining_s
         self._is_quarantined = False
         self._num_asks = 0
-        memory.lease.pin()
-        self._timer = loop.call_later(ASK_AT[0] * self._lease_s, self._on_timer)
+        self._timer = loop.call_later(ASK_AT[0] * self._lease_s, self._on_timer, context=Context())
 
     def __await__(self) -> Generator[None, None, CompletionAck]:
         return self.wait().__await__()
@@ -175,20 +174,23 @@ class PassiveOperation:
         else:
             self._cancel()
 
-    def claim(self, initiator: Initiator) -> ClaimReply:
-        """Give a seat to `initiator`, or the one that it has, once more. Raises `StaleGrant` if there is none."""
+    def claim(self, initiator: Initiator, tokens: list[bytes]) -> ClaimReply:
+        """Give a seat to `initiator`, or the one that it has, once more. Raises `StaleGrant` if there is none.
+
+        `tokens`: what its ack must carry, one of them.
+        """
         operation_id = self.metadata.operation_id
         seat = next((seat for seat in self._seats if seat.initiator == initiator), None)
         if seat is None:
             seat = next((seat for seat in self._seats if seat.state is GrantState.GRANTED), None)
             if seat is None:
                 raise StaleGrant(f"the grant is {self.state.value}", operation_id=operation_id)
-            seat.token, seat.initiator = secrets.token_bytes(16), initiator
+            seat.tokens, seat.initiator = tokens, initiator
             self._move(seat, GrantEvent.CLAIM)
             self.span.event("claimed", {names.NIXL_AGENT_REMOTE: initiator.worker_id})
         if seat.state is not GrantState.CLAIMED:
             raise StaleGrant(f"the claim is {seat.state.value}", operation_id=operation_id)
-        return ClaimReply(operation_id=operation_id, token=seat.token, lease_ms=max(1, self.deadline.remaining_ms))
+        return ClaimReply(operation_id=operation_id, lease_ms=max(1, self.deadline.remaining_ms))
 
     def acknowledge(self, ack: CompletionAck, headers: Mapping[str, str] | None) -> bool:
         """Take an initiator's ack; returns whether it was one's to give (right initiator, epoch and token)."""
@@ -227,7 +229,7 @@ class PassiveOperation:
                 operation_id=self.metadata.operation_id,
                 outcome=AckOutcome.COMPLETE,
                 initiator=ANONYMOUS,
-                token=seat.token,
+                token=seat.tokens[0],
                 num_bytes=self.memory.num_bytes,
             )
             self._move(seat, GrantEvent.ACK_COMPLETE)
@@ -288,6 +290,9 @@ class PassiveOperation:
         return None
 
     def _on_timer(self) -> None:
+        if self._num_asks == len(ASK_AT) and not self.deadline.expired:  # uvloop's timers may fire too early
+            self._timer = self._loop.call_later(self.deadline.remaining_s, self._on_timer, context=Context())
+            return
         self._num_asks += 1
         if not self._is_decided and self.deadline.expired:
             self._end_all(
@@ -298,7 +303,7 @@ class PassiveOperation:
             if seat.initiator is not None and seat.state in (GrantState.CLAIMED, GrantState.QUARANTINED):
                 self._listener.ask(self, seat.initiator)
         if self._num_fenced:
-            self._timer = self._loop.call_later(self._next_look_s(), self._on_timer)
+            self._timer = self._loop.call_later(self._next_look_s(), self._on_timer, context=Context())
 
     def _next_look_s(self) -> float:
         if self._num_asks < len(ASK_AT):
@@ -318,8 +323,12 @@ class PassiveOperation:
     def _free(self) -> None:
         self._timer.cancel()
         self._note_quarantine(False)
-        self.memory.lease.unpin()
         self._listener.freed(self)
+        self.memory.lease.unpin()
+
+    def stop_asking(self) -> None:
+        """Ask initiators nothing more; for shutdown."""
+        self._timer.cancel()
 
     def _note_quarantine(self, is_so: bool) -> None:
         if is_so is not self._is_quarantined:
@@ -332,7 +341,8 @@ class PassiveOperation:
         self._is_decided = True
         failures = [seat for seat in self._seats if seat.error is not None]
         if failures:
-            self._error = failures[0].error if len(self._seats) == 1 else self._incomplete(failures)
+            is_alone = len(self._seats) == 1 or all(isinstance(seat.error, StaleGrant) for seat in self._seats)
+            self._error = failures[0].error if is_alone else self._incomplete(failures)
         for waiter in self._waiters:
             if not waiter.done():
                 waiter.set_result(None)

@@ -1,9 +1,9 @@
 """The initiator's table: what it has undertaken towards each target, from the claim to the ack and a while after.
 
-In: beginnings, posts, ends, and targets' status queries. Out: refusals, and acks told once more. An operation is begun
-once, whoever delivers its grant twice; a query for one that was not seen refuses it from then on, since the query may
-have overtaken the grant. Both memories are bounded: the oldest acks are forgotten, while past the bound of refusals no
-further promise is made (UNKNOWN proves nothing to the target, which keeps its memory fenced).
+In: beginnings, posts, ends, and targets' status queries. Out: refusals, and acks told once more. A named grant is begun
+once, whoever delivers it twice and however much later: each target counts its grants to us, and a window over these
+serials says which were used; a query for one that was not seen uses it up, since the query may have overtaken the
+grant. (Of an open grant the target decides.) Everything is bounded; the oldest acks are forgotten first.
 """
 
 import asyncio
@@ -11,8 +11,9 @@ import contextlib
 from collections import OrderedDict
 from collections.abc import Callable
 
-from bus.errors import StaleGrant
+from bus.errors import Draining, PoolExhausted, StaleGrant
 from bus.operations.lifecycle import MAY_TOUCH, InitiatorEvent, InitiatorState, next_initiator_state
+from bus.operations.serial_window import SerialWindow
 from schemas.operations import (
     CompletionAck,
     Initiator,
@@ -23,8 +24,9 @@ from schemas.operations import (
 )
 
 MAX_CONCLUDED = 16_384
-"""Ended operations that are remembered: what a late status query can still be told, and a replayed grant refused by."""
-MAX_REFUSED = 65_536
+"""Ended operations whose acks can still be told to a late status query."""
+MAX_TARGETS = 16_384
+"""Targets, by epoch, whose named grants we can tell apart."""
 
 Key = tuple[str, str, str]
 """Target's worker id and epoch, and operation id."""
@@ -57,8 +59,9 @@ class Undertakings:
         self._identity = identity
         self._open: dict[Key, Undertaking] = {}
         self._concluded: OrderedDict[Key, Undertaking] = OrderedDict()
-        self._refused: set[Key] = set()
+        self._windows: dict[tuple[str, str], SerialWindow] = {}
         self._when_idle: asyncio.Event | None = None
+        self._is_closed = False
 
     @property
     def num_open(self) -> int:
@@ -66,18 +69,24 @@ class Undertakings:
         return len(self._open)
 
     def begin(self, metadata: RdmaMetadata) -> Undertaking:
-        """Enter an operation. Raises `StaleGrant` for one that was refused or begun before."""
+        """Enter an operation. Raises `StaleGrant` for one that was begun or refused before, `Draining` once closed."""
+        if self._is_closed:
+            raise Draining("the bus is closing and begins nothing more")
         key = (metadata.worker_id, metadata.epoch, metadata.operation_id)
         if key in self._open or key in self._concluded:
             raise StaleGrant("the grant was used already", operation_id=metadata.operation_id)
-        if key in self._refused:
+        if metadata.token is not None and not self._window(metadata.worker_id, metadata.epoch).admit(metadata.serial):
             raise StaleGrant(
-                "the target asked about the grant before it arrived, and was told that it will not be used",
+                "the grant was used already, or the target asked about it and was told that it will not be used",
                 operation_id=metadata.operation_id,
             )
         undertaking = Undertaking(self, key)
         undertaking.move(InitiatorEvent.BEGIN)
         return undertaking
+
+    def forget(self, undertaking: Undertaking) -> None:
+        """An open grant that its target never heard of again: it can be tried once more."""
+        self._concluded.pop(undertaking.key, None)
 
     def answer(self, request: OperationStatusRequest) -> OperationStatusReply:
         """What became of an operation that a target asks about."""
@@ -90,12 +99,15 @@ class Undertakings:
             elif concluded is not None:
                 ack = concluded.ack
                 state = OperationState.CONCLUDED if ack else OperationState.REFUSED
-            elif self._refuse(key):
+            else:
                 state = OperationState.REFUSED
+                if request.serial:
+                    self._window(request.worker_id, request.epoch).admit(request.serial)
         return OperationStatusReply(operation_id=request.operation_id, initiator=self._identity, state=state, ack=ack)
 
-    def release_all(self) -> None:
-        """Give back every claim that was not spent; for shutdown."""
+    def close(self) -> None:
+        """Begin nothing more, and give back every claim that was not spent."""
+        self._is_closed = True
         for undertaking in list(self._open.values()):
             if undertaking.release is not None:
                 undertaking.release()
@@ -110,11 +122,13 @@ class Undertakings:
                 await self._when_idle.wait()
         return not self._open
 
-    def _refuse(self, key: Key) -> bool:
-        if key not in self._refused and len(self._refused) >= MAX_REFUSED:
-            return False
-        self._refused.add(key)
-        return True
+    def _window(self, worker_id: str, epoch: str) -> SerialWindow:
+        window = self._windows.get((worker_id, epoch))
+        if window is None:
+            if len(self._windows) >= MAX_TARGETS:
+                raise PoolExhausted(f"{MAX_TARGETS:,} targets have made named grants", remedy="restart the worker")
+            window = self._windows[worker_id, epoch] = SerialWindow()
+        return window
 
     def _note(self, undertaking: Undertaking) -> None:
         if undertaking.state in MAY_TOUCH:

@@ -89,8 +89,8 @@ EXAMPLES: dict[str, Message] = {
         regions=[handshake.Region(region=0, address=4096, length_bytes=65536, memory_type="DRAM")],
     ),
     "operation.grant": GRANT,
-    "operation.claim": operations.ClaimRequest(operation_id=ID, epoch="e1", initiator=INITIATOR),
-    "operation.claimed": operations.ClaimReply(operation_id=ID, token=TOKEN, lease_ms=59_000),
+    "operation.claim": operations.ClaimRequest(operation_id=ID, epoch="e1", initiator=INITIATOR, proof=TOKEN),
+    "operation.claimed": operations.ClaimReply(operation_id=ID, lease_ms=59_000),
     "operation.ack": operations.CompletionAck(
         operation_id=ID,
         outcome=operations.AckOutcome.FAILED,
@@ -101,12 +101,13 @@ EXAMPLES: dict[str, Message] = {
         checksum=b"s" * 16,
     ),
     "operation.status": operations.OperationStatusRequest(
-        operation_id=ID, worker_id="decode-1", epoch="e1", initiator=INITIATOR
+        operation_id=ID, worker_id="decode-1", epoch="e1", initiator=INITIATOR, nonce=TOKEN, serial=3
     ),
     "operation.status_reply": operations.OperationStatusReply(
         operation_id=ID,
         initiator=INITIATOR,
         state=operations.OperationState.CONCLUDED,
+        proof=TOKEN,
         ack=operations.CompletionAck(
             operation_id=ID, outcome=operations.AckOutcome.COMPLETE, initiator=INITIATOR, token=TOKEN, num_bytes=12672
         ),

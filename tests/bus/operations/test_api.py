@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import threading
+import time
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
@@ -13,9 +14,12 @@ import torch
 from bus import (
     Bus,
     BusConfig,
+    Deadline,
+    DeadlineExceeded,
     Descriptor,
     Device,
     DeviceKind,
+    Draining,
     EmbeddedServer,
     ForeignGrant,
     IncompleteOperation,
@@ -32,6 +36,7 @@ from bus import (
     WrongLength,
     WrongPairing,
 )
+from bus.deadline import working_under
 from bus.operations.lifecycle import GrantState
 from schemas.operations import Initiator
 from tests.bus.operations.two_processes import peer_process, tell
@@ -306,6 +311,68 @@ async def test_operations_of_several_threads_and_loops_do_not_meet(bus: Bus) -> 
     assert failures == []
     stats = bus.stats()
     assert stats["arena_used_bytes"] == stats["grants_open"] == stats["operations_under_way"] == 0
+
+
+async def test_what_an_operation_asks_later_is_not_bound_by_the_request_that_made_it(bus: Bus) -> None:
+    with working_under(Deadline.after(0.2)):
+        writable = await bus.create_writable(bytearray(64), lease_s=0.2)
+    grants = bus._lane().grants
+    ask, grants.ask = grants.ask, lambda *_: None  # type: ignore[method-assign]
+    await tell(bus, "write", writable.metadata, acks="lost")
+    with pytest.raises(DeadlineExceeded):
+        await writable
+    grants.ask = ask  # type: ignore[method-assign]
+    async with asyncio.timeout(5):
+        while bus.stats()["grants_quarantined"]:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    assert writable.state is GrantState.RELEASED
+    assert bus.stats()["acks_recovered"] == 1
+
+
+async def test_a_bus_that_closes_begins_nothing_more(server: EmbeddedServer, key_file: str, bus: Bus) -> None:
+    async with Bus.open(BusConfig(worker_id="closing", nats_url=server.url, key_file=key_file)) as closing:
+        lane = closing._lane()
+        readable = await bus.create_readable(b"too late")
+        await lane.close(5)
+        with pytest.raises(Draining):
+            await closing.begin_read(readable.metadata, bytearray(8))
+    readable.cancel()
+
+
+async def test_leases_end_when_they_end(bus: Bus) -> None:
+    async def late_s(lease_s: float) -> float:
+        with bus.arena.allocate([8], torch.uint8) as memory:
+            writable = await bus.create_writable(memory, lease_s=lease_s)
+            started_s = time.monotonic()
+            with pytest.raises(DeadlineExceeded):
+                await writable
+            return time.monotonic() - started_s - lease_s
+
+    lateness = await asyncio.gather(*(late_s(0.02 + number * 0.0007) for number in range(100)))
+    assert sorted(lateness)[50] < 0.4  # not half a second, the pause between two questions
+
+
+async def test_two_operations_on_one_bytearray_outlive_each_other(bus: Bus) -> None:
+    shared = bytearray(5000)
+    first = await bus.create_writable(shared)
+    second = await bus.create_writable(memoryview(shared)[1000:2000])
+    await tell(bus, "write", first.metadata)
+    await first
+    del first
+    gc.collect()
+    await tell(bus, "write", second.metadata)
+    await second
+    assert bytes(shared[1000:2000]) == counted(1000)
+
+
+async def test_a_list_longer_than_the_cache_is_refused_whole(bus: Bus) -> None:
+    pieces = [torch.zeros(64, dtype=torch.uint8) for _ in range(6)]
+    with pytest.raises(PoolExhausted):
+        await bus.create_writable(pieces)
+    writable = await bus.create_writable(pieces[:4])
+    await tell(bus, "write", writable.metadata)
+    await writable
+    assert contents(pieces[:4]) == counted(256)
 
 
 async def test_hundreds_in_flight_do_not_meet(bus: Bus) -> None:

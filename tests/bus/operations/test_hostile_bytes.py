@@ -11,20 +11,31 @@ import torch
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 
-from bus import Bus, BusConfig, BusError, EmbeddedServer
+from bus import (
+    AuthenticationError,
+    Bus,
+    BusConfig,
+    BusError,
+    DeadlineExceeded,
+    EmbeddedServer,
+    RemoteFault,
+)
 from bus.handshake import statements
 from bus.handshake.authentication import KeyRing
 from bus.handshake.process_identity import identity_of
-from schemas.codec import decode, encode
+from schemas.codec import InvalidMessage, decode, encode
 from schemas.handshake import AgentDescription, AgentMetadataReply, AgentMetadataRequest
 from schemas.operations import (
     AckOutcome,
+    ClaimReply,
     ClaimRequest,
     CompletionAck,
     EpochDrained,
     Initiator,
     MemoryExtent,
     OperationKind,
+    OperationState,
+    OperationStatusReply,
     OperationStatusRequest,
     ProcessReaped,
     RdmaMetadata,
@@ -158,6 +169,65 @@ async def test_mutated_messages_change_nothing(bus: Bus, raw: Client, key_file: 
     assert bus.stats()["grants_open"] == 2
     open_grant.cancel()
     claimed.cancel()
+
+
+async def test_a_grant_or_a_claim_that_no_member_made_is_refused(
+    bus: Bus, server: EmbeddedServer, key_file: str
+) -> None:
+    async with Bus.open(BusConfig(worker_id="acting", nats_url=server.url, key_file=key_file)) as acting:
+        mine = Initiator(worker_id="acting", epoch=acting.epoch)
+        with bus.arena.allocate([64], torch.uint8) as memory, bus.arena.allocate([64], torch.uint8) as other:
+            other.tensor.fill_(1)
+            named = await bus.create_writable(memory, initiator=mine)
+            elsewhere = msgspec.structs.replace(named.metadata, memory=list(other.descriptor.extents))
+            without = msgspec.structs.replace(named.metadata, token=bytes(16))
+            for forged in (elsewhere, without, msgspec.structs.replace(named.metadata, serial=9)):
+                with pytest.raises(AuthenticationError, match="no valid proof"):
+                    await acting.begin_write(forged, bytes(64))
+            await (await acting.begin_write(named.metadata, bytes(64)))
+            await named
+            assert bool((other.tensor == 1).all())
+            open_grant = await bus.create_writable(memory)
+            claim = ClaimRequest(operation_id=open_grant.metadata.operation_id, epoch=bus.epoch, initiator=mine)
+            with pytest.raises(RemoteFault, match="no valid proof"):
+                await acting._caller.ask_peer(SUBJECTS.worker("asking", "claim"), claim, ClaimReply, timeout_s=5)
+            await (await acting.begin_write(open_grant.metadata, bytes(64)))
+            await open_grant
+
+
+async def test_a_status_that_no_member_told_ends_nothing(bus: Bus, raw: Client) -> None:
+    """A stranger answers status queries in the name of a worker that holds a named grant."""
+    asked = asyncio.Event()
+
+    async def lie(message: Msg) -> None:
+        request = decode(message.data, OperationStatusRequest)
+        answer = OperationStatusReply(
+            operation_id=request.operation_id, initiator=request.initiator, state=OperationState.REFUSED
+        )
+        await raw.publish(message.reply, encode(answer))
+        asked.set()
+
+    await raw.subscribe(SUBJECTS.worker("absent", "operation_status").name, cb=lie)
+    await raw.flush()
+    await raw.flush()
+    memory = bus.arena.allocate([64], torch.uint8)
+    named = await bus.create_writable(memory, lease_s=0.6, initiator=Initiator(worker_id="absent", epoch="e1"))
+    await asyncio.wait_for(asked.wait(), 5)
+    with pytest.raises(DeadlineExceeded):
+        await named
+    memory.free()
+    assert bus.stats()["quarantined_bytes"] == 64
+    assert bus.stats()["arena_used_bytes"] > 0
+
+
+@pytest.mark.parametrize("identifier", ["f" * 16 + "\n", "\n" + "f" * 16, "f" * 15, "F" * 16])
+def test_an_identifier_with_anything_around_it_is_none(identifier: str) -> None:
+    claim = ClaimRequest(operation_id=identifier, epoch="e", initiator=Initiator(worker_id="w", epoch="e"))
+    with pytest.raises(InvalidMessage):
+        decode(encode(claim), ClaimRequest)
+    nobody = ClaimRequest(operation_id="f" * 16, epoch="e", initiator=Initiator(worker_id="w\n", epoch="e"))
+    with pytest.raises(InvalidMessage):
+        decode(encode(nobody), ClaimRequest)
 
 
 async def test_an_answer_to_one_question_is_no_answer_to_another(bus: Bus, raw: Client, key_file: str) -> None:

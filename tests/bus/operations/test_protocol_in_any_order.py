@@ -15,7 +15,9 @@ from bus.data_plane.addressing import contiguous_extent
 from bus.data_plane.arena import Arena
 from bus.data_plane.memory import LocalMemory
 from bus.deadline import Deadline
-from bus.errors import BusError, StaleGrant
+from bus.errors import BusError, PeerLost, StaleGrant
+from bus.handshake import statements
+from bus.handshake.authentication import KeyRing
 from bus.operations.conclusions import Conclusions
 from bus.operations.grants import Grants, GrantTerms, QuarantineBound
 from bus.operations.lifecycle import MEMORY_FREE, InitiatorEvent, InitiatorState
@@ -34,8 +36,17 @@ from schemas.operations import (
     RdmaMetadata,
 )
 
+KEYS = KeyRing((("id", b"k" * 32),))
 TARGET = Initiator(worker_id="target", epoch="e0")
 NUM_BYTES = 64
+
+
+class Held:
+    """Stands for the registered memory: what is handed over is a slice of the arena already."""
+
+    def hold(self, memory: LocalMemory) -> LocalMemory:
+        memory.lease.pin()
+        return memory
 
 
 class Peer:
@@ -71,11 +82,12 @@ class ProtocolMachine(RuleBasedStateMachine):
         async def no_answer(request: OperationStatusRequest) -> OperationStatusReply | None:
             return None  # queries travel over `wire` instead
 
-        unused: Any = None  # neither checksums nor invitations here
+        unused: Any = None  # no invitations here
+        memory: Any = Held()
 
         async def make() -> Grants:
             bound = QuarantineBound(1 << 30, 1 << 30)
-            return Grants(TARGET, unused, bound, no_answer, Conclusions(), unused)
+            return Grants(TARGET, memory, bound, no_answer, Conclusions(), unused, KEYS)
 
         self.grants = self.loop.run_until_complete(make())
 
@@ -110,7 +122,12 @@ class ProtocolMachine(RuleBasedStateMachine):
         memory = LocalMemory([extent], NUM_BYTES, piece)
         initiator = self.peers[0].identity if named else None
         terms = GrantTerms(kind, Deadline.after(1000), "t", initiator, max_claims)
-        operation = self.loop.run_until_complete(self.grants.create(memory, terms))
+        try:
+            operation = self.loop.run_until_complete(self.grants.create(memory, terms))
+        except PeerLost:
+            assert not self.peers[0].is_alive
+            piece.free()
+            return
         piece.free()  # its holder is done at once: from here the pins alone keep it
         self.operations.append(operation)
         self.wire.extend(("grant", operation.metadata, peer) for peer in self.peers)
@@ -144,7 +161,7 @@ class ProtocolMachine(RuleBasedStateMachine):
         if metadata.token is not None:
             peer.tokens[metadata.operation_id] = metadata.token
             return
-        request = ClaimRequest(operation_id=metadata.operation_id, epoch="e0", initiator=peer.identity)
+        request = statements.claim_request(KEYS, metadata, peer.identity)
         self.wire.append(("claim", request, peer))
 
     def on_claim(self, request: ClaimRequest, peer: Peer) -> None:
@@ -156,7 +173,8 @@ class ProtocolMachine(RuleBasedStateMachine):
     def on_claimed(self, reply: ClaimReply, peer: Peer) -> None:
         undertaking = peer.held[reply.operation_id]
         if peer.is_alive and undertaking.state is InitiatorState.HELD:
-            peer.tokens[reply.operation_id] = reply.token
+            tokens = statements.claim_tokens(KEYS, reply.operation_id, "e0", peer.identity)
+            peer.tokens[reply.operation_id] = tokens[0]
 
     def on_refused(self, operation_id: str, peer: Peer) -> None:
         if peer.is_alive and operation_id not in peer.tokens:
@@ -233,6 +251,7 @@ class ProtocolMachine(RuleBasedStateMachine):
                         worker_id="target",
                         epoch="e0",
                         initiator=seat.initiator,
+                        serial=operation.metadata.serial,
                     )
                     self.wire.append(("query", query, peer))
 
