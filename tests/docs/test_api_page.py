@@ -90,3 +90,12 @@ async def test_the_table_of_variables_is_all_of_them_with_their_defaults() -> No
 
 async def test_every_name_of_ours_on_the_page_exists() -> None:
     assert_our_names_exist(PAGE)
+
+
+async def test_every_anchor_that_a_page_points_to_is_a_heading() -> None:
+    titles = re.findall(r"^#+ (.+)$", PAGE, re.MULTILINE)
+    anchors = {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
+    migrating = (Path(__file__).parents[2] / "docs" / "migrating.md").read_text()
+    wanted = re.findall(r"\]\(#([^)]+)\)", PAGE) + re.findall(r"\]\(api\.md#([^)]+)\)", migrating)
+    assert len(wanted) > 15
+    assert set(wanted) <= anchors
