@@ -36,6 +36,7 @@ from bus.operations.initiator import (
     WriteOperation,
     begin,
 )
+from bus.operations.lanes import lanes_to
 from bus.operations.target import PassiveOperation, ReadableOperation, WritableOperation
 from observability.active_span import Span
 from schemas.codec import encode
@@ -202,6 +203,11 @@ class Bus:
         return self._lane().memory
 
     @property
+    def backend(self) -> str:
+        """NIXL's name for what moves the bytes: UCX."""
+        return self._lane().engine.agent.backend
+
+    @property
     def overrun(self) -> "asyncio.Future[str]":
         """Resolves when more memory is fenced than allowed: nothing more is granted, and the worker should stop."""
         return self._lane().grants.overrun
@@ -324,6 +330,14 @@ class Bus:
         async with asyncio.TaskGroup() as group:
             writes = [group.create_task(write(remote)) for remote in remotes]
         return [each.result() for each in writes]
+
+    async def lanes_to(self, remote: RdmaMetadata) -> str:
+        """The lanes that UCX takes to a grant's owner, in its own words: `intra-node rma_am(tcp/lo) am(cma/memory)`.
+
+        Another process, which takes half a second, writes zeros into the granted memory: let the target reserve some.
+        Raises what `begin_write` raises, `TransferError`, `DeadlineExceeded`, and `DataPlaneError` if UCX is silent.
+        """
+        return await self._at_home(lanes_to(self._lane().lanes, remote))
 
     async def report_reaped(self, worker_id: str, process: ProcessIdentity) -> None:
         """As a supervisor: tell the bus that a worker's process has ended and was waited for.

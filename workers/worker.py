@@ -70,7 +70,7 @@ class Worker:
         return {"role": self.role, "graph": self.settings.graph}
 
     async def serve(self) -> None:
-        """Open every declared endpoint and appear in discovery."""
+        """Open every declared endpoint, and those of `nixlbus perf` beside a data plane; appear in discovery."""
         for declaration, method in declared_endpoints(self):
             subjects = self.bus.subjects
             subject = (
@@ -89,6 +89,10 @@ class Worker:
                 public=declaration.public,
             )
             await self.bus.serve(config, method)
+        if self.needs_data_plane:
+            from workers import performance  # it needs torch, which roles without tensors don't
+
+            await performance.serve(self.bus)
         await self.bus.announce(f"nixlbus-{self.settings.graph}-{self.role}", package_version(), self.metadata())
 
 

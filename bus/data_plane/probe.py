@@ -7,7 +7,6 @@ Run as a program it makes the write and prints one line of JSON.
 
 import json
 import os
-import re
 import subprocess
 import sys
 import time
@@ -15,16 +14,15 @@ from typing import NamedTuple
 
 from bus.data_plane.addressing import CopyPair
 from bus.data_plane.agent import NixlAgent, TransferDirection, TransferState, available_plugins
+from bus.data_plane.ucx_log import chosen_lanes, log_environment, ucx_version
 from bus.errors import RegistrationError
 
 PROBE_BYTES = 16 << 20
 TIMEOUT_S = 60.0
-_LANES = re.compile(r"intra-node cfg#\d+ +(.*)$", re.MULTILINE)
-_VERSION = re.compile(r"INFO +Version (\S+)")
 
 
 class ProbeReport(NamedTuple):
-    """A write that worked. `lanes` is UCX's own wording, e.g. `rma_am(tcp/lo) am(tcp/lo cma/memory)`."""
+    """A write that worked. `lanes` is UCX's own wording; see `chosen_lanes`."""
 
     ucx_version: str
     lanes: str
@@ -37,7 +35,7 @@ def probe_data_plane() -> ProbeReport:
     try:
         finished = subprocess.run(  # our own interpreter and module
             [sys.executable, "-m", "bus.data_plane.probe"],
-            env={**os.environ, "UCX_LOG_LEVEL": "info"},
+            env=log_environment(os.environ),
             capture_output=True,
             text=True,
             timeout=TIMEOUT_S,
@@ -50,12 +48,10 @@ def probe_data_plane() -> ProbeReport:
         lines = (finished.stderr or finished.stdout).strip().splitlines()
         raise RegistrationError(f"NIXL is not usable here: {lines[-1] if lines else f'status {finished.returncode}'}")
     log = finished.stdout + finished.stderr
-    lanes = _LANES.findall(log)
-    version = _VERSION.search(log)
     answer = json.loads(answers[-1])
     return ProbeReport(
-        version.group(1) if version else "unknown",
-        " ".join(lanes[0].split()) if lanes else "unknown",
+        ucx_version(log) or "unknown",
+        chosen_lanes(log) or "unknown",
         answer["plugins"],
         answer["bytes_per_s"],
     )

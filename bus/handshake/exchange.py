@@ -147,13 +147,22 @@ class Peers:
         finally:
             del self._asking[key]  # here and not in a callback: who waits looks for it at once
 
+    async def describe(self, metadata: RdmaMetadata) -> AgentDescription:
+        """The peer's description of the granted memory alone, asked for anew: for another process of this worker.
+
+        It is a capability: hand it over by a pipe, and keep it no longer than that. Raises as `ensure`.
+        """
+        description = await self._ask(metadata.worker_id, sorted({extent.region for extent in metadata.memory}))
+        _check_epoch(description, metadata)
+        return description
+
     async def _introduce(self, metadata: RdmaMetadata, key: tuple[str, str]) -> None:
         worker_id, epoch = key
         known = self._peers.get(key)
         unknown = sorted({extent.region for extent in metadata.memory} - set(known.regions)) if known else []
+        self.num_handshakes += 1
         description = await self._ask(worker_id, unknown)
-        if (description.worker_id, description.epoch) != (worker_id, epoch):
-            raise StaleGrant("the worker has restarted since it made the grant", peer=worker_id)
+        _check_epoch(description, metadata)
         regions = {region.region: region for region in description.regions}
         if known is not None and not regions:
             return
@@ -170,7 +179,6 @@ class Peers:
             )
 
     async def _ask(self, worker_id: str, regions: Sequence[int]) -> AgentDescription:
-        self.num_handshakes += 1
         request = statements.question(self._keys, self._identity, self._process, worker_id, regions)
         reply = await self._caller.request(
             self._subjects.worker(worker_id, ENDPOINT),
@@ -185,3 +193,8 @@ class Peers:
 def _note_end(asking: "asyncio.Task[None]") -> None:
     if not asking.cancelled():
         asking.exception()  # those who wait hear of it; perhaps nobody does any more
+
+
+def _check_epoch(description: AgentDescription, metadata: RdmaMetadata) -> None:
+    if (description.worker_id, description.epoch) != (metadata.worker_id, metadata.epoch):
+        raise StaleGrant("the worker has restarted since it made the grant", peer=metadata.worker_id)

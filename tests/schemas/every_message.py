@@ -6,10 +6,10 @@ from typing import Any
 import msgspec
 from hypothesis import strategies as st
 
-from schemas import fault, generate, handshake, operations, stages, traces
+from schemas import fault, generate, handshake, operations, performance, stages, traces
 from schemas.message import Message
 
-MODULES = (fault, generate, handshake, operations, stages, traces)
+MODULES = (fault, generate, handshake, operations, performance, stages, traces)
 
 ID = "0123456789abcdef"
 GRANT = operations.RdmaMetadata(
@@ -116,6 +116,30 @@ EXAMPLES: dict[str, Message] = {
     "operation.process_reaped": operations.ProcessReaped(
         worker_id="prefill-1", process=PROCESS, key_id="k1", mac=b"m" * 32
     ),
+    "performance.request": performance.PerformanceRequest(
+        target="decode-1", direction="read", sizes_bytes=[1024, 65536], repetitions=100, time_limit_ms=60_000
+    ),
+    "performance.report": performance.PerformanceReport(
+        rows=[
+            performance.PerformanceRow(
+                size_bytes=1024,
+                num_operations=100,
+                num_bytes=102_400,
+                p50_us=400.5,
+                p99_us=900.25,
+                wire_p50_us=20.0,
+                bytes_per_s=51_200_000.0,
+            )
+        ],
+        skipped=[performance.SkippedSize(size_bytes=65536, reason="no room")],
+        backend="UCX",
+        lanes="unknown",
+        lanes_reason="UCX's log does not name its lanes",
+    ),
+    "performance.grant_request": performance.PerformanceGrantRequest(
+        num_bytes=1024, direction="write", initiator=INITIATOR
+    ),
+    "performance.grant": performance.PerformanceGrant(grant=GRANT),
     "encode.request": stages.EncodeRequest(**STAGE, images=[b"\x89PNG"], embeddings=GRANT),
     "encode.reply": stages.EncodeReply(hops=HOPS, elapsed_ms=3.1),
     "prefill.request": stages.PrefillRequest(

@@ -118,6 +118,29 @@ def trace(
 
 
 @app.command()
+def perf(
+    initiator: Annotated[str, typer.Argument(help="Id of the worker that writes or reads; see 'nixlbus ps'.")],
+    target: Annotated[str, typer.Argument(help="Id of the worker whose memory it is.")],
+    kind: Annotated[str, typer.Option("--kind", help="write or read.")] = "write",
+    sizes: Annotated[
+        str, typer.Option("--sizes", help="Bytes of an operation, with commas.")
+    ] = "1K,16K,256K,1M,4M,16M",
+    repetitions: Annotated[
+        int, typer.Option("--repetitions", min=1, max=10_000, help="Measured operations of each size.")
+    ] = 100,
+    timeout_s: Annotated[
+        float, typer.Option("--timeout", min=0.001, max=600.0, help="Seconds for all of them; then fewer are measured.")
+    ] = 60.0,
+    nats: NatsUrl = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure latency and bandwidth by size between two live workers, and tell the transport."""
+    from workers.cli import perf as command
+
+    _run(command.run((initiator, target), kind, sizes, repetitions, timeout_s, nats, as_json), as_json)
+
+
+@app.command()
 def doctor(nats: NatsUrl = None, as_json: AsJson = False) -> None:
     """Tell what this machine has, what it lacks and what that costs."""
     from workers.cli import doctor as command

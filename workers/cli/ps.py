@@ -29,7 +29,8 @@ async def run(nats: str | None, worker_id: str | None, as_json: bool) -> int:
 
 def _table(services: list[dict[str, Any]]) -> Table:
     table = Table(box=None, pad_edge=False)
-    for heading in ("worker", "role", "graph", "model", "started"):
+    table.add_column("worker", no_wrap=True)  # whole: other commands take it as an argument
+    for heading in ("role", "graph", "model", "started"):
         table.add_column(heading)
     for heading in ("requests", "errors", "mean ms"):
         table.add_column(heading, justify="right")
