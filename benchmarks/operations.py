@@ -80,21 +80,18 @@ async def initiate(nats_url: str, key_file: str, parent: Connection) -> None:
     config = BusConfig(worker_id="initiator", nats_url=nats_url, key_file=key_file, arena_bytes=ARENA_BYTES)
     async with Bus.open(config) as bus:
         local = {size: bus.arena.allocate([size], torch.uint8) for size in SIZES}
-        under_way: set[asyncio.Task[None]] = set()
 
         async def act(grant: RdmaMetadata) -> None:
-            memory = local[grant.num_bytes]
-            if grant.kind is OperationKind.WRITABLE:
-                await (await bus.begin_write(grant, memory))
-            else:
-                await (await bus.begin_read(grant, memory))
+            begin = bus.begin_write if grant.kind is OperationKind.WRITABLE else bus.begin_read
+            await begin(grant, local[grant.num_bytes])  # which tells the target when it is done
 
-        def start(grant: RdmaMetadata) -> None:
-            task = asyncio.create_task(act(grant))
-            under_way.add(task)
+        def act_beside(grant: RdmaMetadata) -> None:
+            under_way.add(task := asyncio.create_task(act(grant)))
             task.add_done_callback(under_way.discard)
 
-        await bus.subscribe(bus.subjects.event("initiator", "move"), RdmaMetadata, start)
+        under_way: set[asyncio.Task[None]] = set()
+        await bus.subscribe(bus.subjects.event("initiator", "move"), RdmaMetadata, act)
+        await bus.subscribe(bus.subjects.event("initiator", "claim-and-move"), RdmaMetadata, act_beside)
         raw = await nats.connect(nats_url)
 
         async def echo(message: Msg) -> None:
@@ -137,7 +134,8 @@ class Measurement:
         with bus.arena.allocate([size_bytes], torch.uint8) as target:
             create = bus.create_writable if kind == "write" else bus.create_readable
             operation = await create(target, initiator=initiator)
-            await bus.publish(bus.subjects.event("initiator", "move"), operation.metadata)
+            event = "move" if initiator else "claim-and-move"  # while one claim is asked for others can be begun
+            await bus.publish(bus.subjects.event("initiator", event), operation.metadata)
             await operation
 
     async def move(self, size_bytes: int) -> None:

@@ -7,6 +7,7 @@ isn't contiguous is an error. A descriptor keeps its memory alive and may be use
 
 from collections.abc import Sequence
 from enum import Enum
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from bus.errors import InvalidDescriptor, NotContiguous
@@ -143,9 +144,14 @@ class Descriptor:
         return f"Descriptor({self.num_bytes:,} bytes on {self.device!r})"
 
 
+@lru_cache
+def _dtype_name(dtype: "torch.dtype") -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def layout_of(dtype: "torch.dtype", shape: Sequence[int]) -> TensorLayout | None:
     """Of a tensor; None for one of bytes (uint8) in one dimension, which may hold anything."""
-    name = str(dtype).removeprefix("torch.")
+    name = _dtype_name(dtype)
     return None if name == "uint8" and len(shape) == 1 else TensorLayout(dtype=name, shape=list(shape))
 
 

@@ -107,9 +107,11 @@ class RegisteredMemory:
         these, whose bytes follow each other. Raises what `Descriptor` raises, `RegistrationError`, `PoolExhausted`;
         nothing is pinned then. The caller owes one `lease.unpin()`.
         """
-        if isinstance(local, list):
+        if isinstance(local, ArenaTensor):
+            local = local.descriptor
+        elif isinstance(local, list):
             return self._hold_list(local)
-        if not isinstance(local, LocalMemory):
+        elif not isinstance(local, LocalMemory):
             if not hasattr(local, "descriptor"):
                 return self._hold_one(local if isinstance(local, Descriptor) else Descriptor(local))
             local = local.descriptor
@@ -177,7 +179,7 @@ class TensorArena:
 class ArenaTensor:
     """A tensor in an arena slice. Use as a context manager, or call `free`; an operation's pin outlasts both."""
 
-    __slots__ = ("_dtype", "_lease", "_shape", "_storage", "_tensor")
+    __slots__ = ("_described", "_dtype", "_lease", "_shape", "_storage", "_tensor")
 
     def __init__(
         self, storage: "torch.Tensor", lease: ArenaSlice, shape: tuple[int, ...], dtype: "torch.dtype"
@@ -187,6 +189,7 @@ class ArenaTensor:
         self._shape = shape
         self._dtype = dtype
         self._tensor: torch.Tensor | None = None
+        self._described: LocalMemory | None = None
 
     @property
     def tensor(self) -> "torch.Tensor":
@@ -200,13 +203,12 @@ class ArenaTensor:
     @property
     def descriptor(self) -> LocalMemory:
         """Its bytes, for an operation."""
-        lease = self._lease
-        extent = contiguous_extent(lease.region, lease.generation, lease.offset_bytes, lease.num_bytes)
-        return LocalMemory([extent], lease.num_bytes, lease, self._storage, self._layout)
-
-    @property
-    def _layout(self) -> TensorLayout | None:
-        return layout_of(self._dtype, self._shape)
+        if self._described is None:
+            lease = self._lease
+            extent = contiguous_extent(lease.region, lease.generation, lease.offset_bytes, lease.num_bytes)
+            layout = layout_of(self._dtype, self._shape)
+            self._described = LocalMemory([extent], lease.num_bytes, lease, self._storage, layout)
+        return self._described
 
     def free(self) -> None:
         """Give the slice back, now or when the last operation lets go of it."""

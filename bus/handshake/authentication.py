@@ -69,8 +69,15 @@ class KeyRing:
         raise AuthenticationError("a peer's statement carries no valid proof", peer=peer)
 
     def tag(self, label: bytes, *parts: bytes) -> bytes:
-        """A short proof, 16 bytes, that a member of the bus made a statement; for what goes with every operation."""
+        """A short proof, 16 bytes, that a member of the bus made a statement; for what goes with every operation.
+
+        Keyed BLAKE2b (RFC 7693), a third of what HMAC-SHA256 costs on so few bytes.
+        """
         return _tag(self.keys[0][1], label, parts)
+
+    def made(self, tag: bytes, label: bytes, *parts: bytes) -> bool:
+        """Whether a member made this tag."""
+        return any(hmac.compare_digest(tag, own) for own in self.tags(label, *parts))
 
     def tags(self, label: bytes, *parts: bytes) -> list[bytes]:
         """The same under each key, while they rotate."""
@@ -99,8 +106,10 @@ def _parse(line: str, path: str) -> tuple[str, bytes]:
 
 
 def _tag(key: bytes, label: bytes, parts: tuple[bytes, ...]) -> bytes:
-    lengths = b"".join([len(part).to_bytes(4, "big") for part in parts])
-    return hmac.digest(key, b"".join((_LABEL, label, lengths, *parts)), "sha256")[:_TAG_BYTES]
+    if len(parts) > 1:
+        parts = (b"".join([len(part).to_bytes(4, "big") for part in parts]), *parts)
+    message = b"".join((_LABEL, b" ", label, b" %d " % len(parts), *parts))
+    return hashlib.blake2b(message, key=key, digest_size=_TAG_BYTES).digest()
 
 
 def _mac(key: bytes, label: bytes, parts: tuple[bytes, ...]) -> bytes:

@@ -261,7 +261,8 @@ class Grants:
         )
         if named is None:
             return metadata
-        return msgspec.structs.replace(metadata, token=statements.grant_token(self._keys, metadata))
+        msgspec.structs.force_setattr(metadata, "token", statements.grant_token(self._keys, metadata))  # not out yet
+        return metadata
 
     def _add(self, metadata: RdmaMetadata, memory: LocalMemory, terms: GrantTerms) -> PassiveOperation:
         operation_type = ReadableOperation if terms.kind is OperationKind.READABLE else WritableOperation

@@ -11,8 +11,6 @@ from tests.docs.code_spans import assert_our_names_exist, table_rows
 PAGE = (Path(__file__).parents[2] / "docs" / "migrating.md").read_text()
 
 THEIRS = frozenset({"Connector", "Connection", "Remote", "SerializedDescriptor"})
-INTEROPERATION = frozenset({"allow_unauthenticated"})
-"""Of the last section; leaves this list when interoperation is merged."""
 
 
 async def test_the_example_of_ours_runs_and_the_other_compiles() -> None:
@@ -31,7 +29,7 @@ def test_every_name_of_ours_on_the_page_exists() -> None:
     theirs_left_out = PAGE
     for row in rows:
         theirs_left_out = theirs_left_out.replace(f"| {row[0].removeprefix('| ')} |", "| |", 1)
-    assert_our_names_exist(theirs_left_out, THEIRS | INTEROPERATION)
+    assert_our_names_exist(theirs_left_out, THEIRS)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,15 @@ from bus.errors import AuthenticationError
 from bus.handshake import statements
 from bus.handshake.authentication import KeyFileError, KeyRing, write_key_file
 from schemas.handshake import AgentDescription, AgentMetadataRequest
-from schemas.operations import Initiator, ProcessIdentity
+from schemas.operations import (
+    Initiator,
+    MemoryExtent,
+    OperationKind,
+    ProcessIdentity,
+    RdmaMetadata,
+    Run,
+    TensorLayout,
+)
 
 ASKING = Initiator(worker_id="prefill-1", epoch="e1")
 PROCESS = ProcessIdentity(boot_id="b", pid_namespace="n", pid=1, start_ticks=2)
@@ -74,6 +82,45 @@ def test_a_last_word_and_a_report_hold_for_those_they_name_alone() -> None:
     ):
         with pytest.raises(AuthenticationError):
             statements.check_process_reaped(ring, forged_report)
+
+
+GRANT = RdmaMetadata(
+    operation_id="f" * 16,
+    kind=OperationKind.WRITABLE,
+    worker_id="decode-1",
+    epoch="e9",
+    memory=[MemoryExtent(region=0, generation=1, runs=[Run(offset_bytes=0, length_bytes=64)])],
+    lease_ms=1000,
+    initiator=ASKING,
+    serial=7,
+    layout=TensorLayout(dtype="float32", shape=[4, 4]),
+)
+OTHERWISE = {
+    "operation_id": "e" * 16,
+    "kind": OperationKind.READABLE,
+    "worker_id": "decode-2",
+    "epoch": "e8",
+    "memory": [MemoryExtent(region=0, generation=1, runs=[Run(offset_bytes=64, length_bytes=64)])],
+    "lease_ms": 100_000,
+    "initiator": Initiator(worker_id="prefill-2", epoch="e1"),
+    "token": bytes(16),
+    "serial": 8,
+    "layout": None,
+    "max_claims": 2,
+    "checksummed": True,
+    "checksum": b"c" * 16,
+}
+
+
+@pytest.mark.parametrize("field", RdmaMetadata.__struct_fields__)
+def test_a_named_grant_s_token_proves_every_field(field: str) -> None:
+    ring = KeyRing((OLD,))
+    grant = replaced(GRANT, token=statements.grant_token(ring, GRANT))
+    statements.check_grant(KeyRing((NEW, OLD)), grant)
+    with pytest.raises(AuthenticationError):
+        statements.check_grant(ring, replaced(grant, **{field: OTHERWISE[field]}))
+    with pytest.raises(AuthenticationError):
+        statements.check_grant(KeyRing((NEW,)), grant)
 
 
 def test_two_keys_serve_while_they_rotate() -> None:
