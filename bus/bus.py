@@ -245,8 +245,14 @@ class Bus:
 
         Raises `NotContiguous`, `InvalidDescriptor`, `LocalProtocolError`, `PoolExhausted`. From any event loop.
         """
-        terms = self._terms(OperationKind.READABLE, lease_s, checksum)._replace(
-            name=name, initiator=initiator, max_claims=max_claims, allow_unauthenticated=allow_unauthenticated
+        terms = GrantTerms(
+            OperationKind.READABLE,
+            Deadline.after(self.config.operation_lease_s if lease_s is None else lease_s),
+            name,
+            initiator,
+            max_claims,
+            self.config.checksum if checksum is None else checksum,
+            allow_unauthenticated,
         )
         operation = await self._at_home(self._grant(local, terms))
         assert isinstance(operation, ReadableOperation)
@@ -266,8 +272,14 @@ class Bus:
 
         Arguments as for `create_readable`. Raises the same, and `ReadOnlyMemory`. From any event loop.
         """
-        terms = self._terms(OperationKind.WRITABLE, lease_s, checksum)._replace(
-            name=name, initiator=initiator, allow_unauthenticated=allow_unauthenticated
+        terms = GrantTerms(
+            OperationKind.WRITABLE,
+            Deadline.after(self.config.operation_lease_s if lease_s is None else lease_s),
+            name,
+            initiator,
+            1,
+            self.config.checksum if checksum is None else checksum,
+            allow_unauthenticated,
         )
         operation = await self._at_home(self._grant(local, terms))
         assert isinstance(operation, WritableOperation)
@@ -352,10 +364,6 @@ class Bus:
         counters = {"requests_in_flight": self._inbox.num_waiters}
         counters |= {f"nats_{name}": value for name, value in self._connection.statistics().items()}
         return counters | (self._data_plane.stats() if self._data_plane else {})
-
-    def _terms(self, kind: OperationKind, lease_s: float | None, checksum: bool | None) -> GrantTerms:
-        deadline = Deadline.after(self.config.operation_lease_s if lease_s is None else lease_s)
-        return GrantTerms(kind, deadline, checksum=self.config.checksum if checksum is None else checksum)
 
     async def _grant(self, local: LocalData, terms: GrantTerms) -> PassiveOperation:
         lane = self._lane()
