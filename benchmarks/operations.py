@@ -35,6 +35,7 @@ from benchmarks.peers import nixl_connect_rows
 from benchmarks.report import Report
 from bus import Bus, BusConfig, embedded_server, write_key_file
 from schemas.operations import Initiator, OperationKind, RdmaMetadata
+from workers.process import settle_heap
 
 KIB, MIB = 1 << 10, 1 << 20
 SIZES = (4 * KIB, 64 * KIB, MIB, 64 * MIB)
@@ -100,6 +101,7 @@ async def initiate(nats_url: str, key_file: str, parent: Connection) -> None:
         await raw.subscribe("raw.echo", cb=echo)
         await raw.flush()
         await raw.flush()
+        settle_heap()
         parent.send((bus.epoch, floor.invitation))
         for _ in range(2):  # before and after what is measured
             await asyncio.to_thread(parent.recv)
@@ -207,6 +209,7 @@ async def measure(report: Report, quick: bool) -> None:
                 peer = Initiator(worker_id="initiator", epoch=epoch)
                 measurement = Measurement(report, bus, raw, peer, Floor(invitation, max(SIZES)), quick)
                 await measurement.operate("write", 4 * KIB, peer)
+                settle_heap()
                 before = await counters(bus, ours)
                 await measurement.cases()
                 await measurement.small_beside_large()

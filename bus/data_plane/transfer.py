@@ -13,6 +13,7 @@ deadline. At most `MAX_DRAINING` drains go on at once. The thread sleeps without
 import asyncio
 import contextlib
 import logging
+import os
 import queue
 import threading
 import time
@@ -36,6 +37,9 @@ CHUNKS_IN_FLIGHT = 2
 """Of one transfer: the next is posted while the one before is on the wire."""
 CONTENDED_CHUNK_BYTES = 1 << 20
 """Chunks of large transfers while small ones come: one holds the agent's lock for some 0.1 ms."""
+NICE = 10
+"""Of the owner thread alone: where cores are few, bulk copies let event loops and the NATS server go first (4 KiB writes
+beside 64 MiB ones, p99 against their p99 alone: 4.4 to 5.4 times without, 1.6 to 4.6 with; the same bandwidth)."""
 CONTENTION_S = 0.05
 """How long after a small transfer the chunks stay short."""
 _SHORTEST_SLEEP_S = 30e-6
@@ -319,6 +323,7 @@ class TransferEngine:
         transfer.on_end()
 
     def _own(self) -> None:
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
         active: list[Transfer] = []
         sleep_s: float | None = None
         stopping = False
