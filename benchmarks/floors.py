@@ -9,6 +9,7 @@ import torch
 from benchmarks.report import Report
 from bus.data_plane.addressing import CopyPair
 from bus.data_plane.agent import NixlAgent, TransferDirection, TransferState
+from bus.data_plane.memory import huge_pages
 
 
 class Invitation(NamedTuple):
@@ -21,9 +22,9 @@ class Invitation(NamedTuple):
 class FloorTarget:
     """Memory in the other process, with an agent of its own."""
 
-    def __init__(self, num_bytes: int) -> None:
-        self._memory = torch.zeros(num_bytes, dtype=torch.uint8)
-        self._agent = NixlAgent("floor-target")
+    def __init__(self, num_bytes: int, on_huge_pages: bool) -> None:
+        self._memory = _memory(num_bytes, on_huge_pages)
+        self._agent = NixlAgent(f"floor-target-{on_huge_pages}")
         self._agent.register(self._memory.data_ptr(), num_bytes, "DRAM", 0)
         self.invitation = Invitation(self._agent.metadata(), self._memory.data_ptr())
 
@@ -31,9 +32,9 @@ class FloorTarget:
 class Floor:
     """One agent that writes there, in a loop: no messages, no waiting for anybody."""
 
-    def __init__(self, invitation: Invitation, num_bytes: int) -> None:
-        self._memory = torch.ones(num_bytes, dtype=torch.uint8)
-        self._agent = NixlAgent("floor-initiator")
+    def __init__(self, invitation: Invitation, num_bytes: int, on_huge_pages: bool) -> None:
+        self._memory = _memory(num_bytes, on_huge_pages)
+        self._agent = NixlAgent(f"floor-initiator-{on_huge_pages}")
         self._agent.register(self._memory.data_ptr(), num_bytes, "DRAM", 0)
         self._peer = self._agent.load_peer(invitation.agent_metadata)
         self._address = invitation.address
@@ -47,6 +48,12 @@ class Floor:
             time.sleep(30e-6)
             state = self._agent.check(handle)
         self._agent.release(handle)
+
+
+def _memory(num_bytes: int, on_huge_pages: bool) -> torch.Tensor:
+    storage = torch.frombuffer(huge_pages(num_bytes), dtype=torch.uint8) if on_huge_pages else None
+    memory = torch.empty(num_bytes, dtype=torch.uint8) if storage is None else storage
+    return memory.fill_(1)  # every page is there
 
 
 def memcpy(report: Report, sizes: Sequence[int], repetitions: Callable[[int], int]) -> None:

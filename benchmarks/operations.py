@@ -4,7 +4,8 @@
 
 Systems: `nixlbus` (named grant), `nixlbus_open` (open grant: one claim more), `raw_nats` (an empty request-reply with
 nats-py: what telling a peer costs), `raw_nixl` (one agent writing the same bytes to the other process in a loop: what
-moving them costs), `memcpy`, and with --peers `nixl_connect` (NVIDIA Dynamo's, in an environment of its own).
+moving them costs), `raw_nixl_huge` (the same with both sides on huge pages, as our arenas are), `memcpy`, and with
+--peers `nixl_connect` (NVIDIA Dynamo's, in an environment of its own).
 An operation is timed from its creation until the target knows that the bytes are complete; its grant goes out in a
 one-way message. Ours and the floors take turns, in rounds. Tracing and checksums are off.
 """
@@ -77,7 +78,7 @@ async def timed(operate: Callable[[], Awaitable[None]], count: int, concurrency:
 async def initiate(nats_url: str, key_file: str, parent: Connection) -> None:
     """The other process: acts on every grant it is sent."""
     torch.set_num_threads(1)
-    floor = FloorTarget(max(SIZES))
+    floors = [FloorTarget(max(SIZES), on_huge_pages) for on_huge_pages in (False, True)]
     config = BusConfig(worker_id="initiator", nats_url=nats_url, key_file=key_file, arena_bytes=ARENA_BYTES)
     async with Bus.open(config) as bus:
         local = {size: bus.arena.allocate([size], torch.uint8) for size in SIZES}
@@ -102,7 +103,7 @@ async def initiate(nats_url: str, key_file: str, parent: Connection) -> None:
         await raw.flush()
         await raw.flush()
         settle_heap()
-        parent.send((bus.epoch, floor.invitation))
+        parent.send((bus.epoch, [floor.invitation for floor in floors]))
         for _ in range(2):  # before and after what is measured
             await asyncio.to_thread(parent.recv)
             parent.send((bus.stats(), time.process_time()))
@@ -118,12 +119,14 @@ def child(nats_url: str, key_file: str, parent: Connection) -> None:
 class Measurement:
     """One run against the other process."""
 
-    def __init__(self, report: Report, bus: Bus, raw: Client, peer: Initiator, floor: Floor, quick: bool) -> None:
+    def __init__(
+        self, report: Report, bus: Bus, raw: Client, peer: Initiator, floors: list[Floor], quick: bool
+    ) -> None:
         self.report = report
         self.bus = bus
         self.raw = raw
         self.peer = peer
-        self.floor = floor
+        self.floors = floors
         self.quick = quick
 
     async def request(self) -> None:
@@ -140,9 +143,9 @@ class Measurement:
             await bus.publish(bus.subjects.event("initiator", event), operation.metadata)
             await operation
 
-    async def move(self, size_bytes: int) -> None:
+    async def move(self, size_bytes: int, floor: Floor) -> None:
         """The floor of moving."""
-        self.floor.write(size_bytes)
+        floor.write(size_bytes)
 
     async def cases(self) -> None:
         """Every size, and every concurrency that the arena has room for."""
@@ -158,7 +161,8 @@ class Measurement:
             systems[kind, "nixlbus"] = lambda kind=kind: self.operate(kind, size_bytes, self.peer)  # type: ignore[misc]
             systems[kind, "nixlbus_open"] = lambda kind=kind: self.operate(kind, size_bytes, None)  # type: ignore[misc]
         if concurrency == 1:
-            systems["write", "raw_nixl"] = lambda: self.move(size_bytes)
+            for name, floor in zip(("raw_nixl", "raw_nixl_huge"), self.floors, strict=True):
+                systems["write", name] = lambda floor=floor: self.move(size_bytes, floor)  # type: ignore[misc]
         samples: dict[tuple[str, str], Samples] = defaultdict(lambda: Samples([]))
         count = repetitions(size_bytes, self.quick)
         for operate in systems.values():
@@ -202,12 +206,13 @@ async def measure(report: Report, quick: bool) -> None:
             process.start()
             if not await asyncio.to_thread(ours.poll, START_TIMEOUT_S):
                 raise TimeoutError("the other process did not start")
-            epoch, invitation = ours.recv()
+            epoch, invitations = ours.recv()
             config = BusConfig(worker_id="target", nats_url=server.url, key_file=str(key), arena_bytes=ARENA_BYTES)
             raw = await nats.connect(server.url)
             async with Bus.open(config) as bus:
                 peer = Initiator(worker_id="initiator", epoch=epoch)
-                measurement = Measurement(report, bus, raw, peer, Floor(invitation, max(SIZES)), quick)
+                floors = [Floor(invitation, max(SIZES), bool(index)) for index, invitation in enumerate(invitations)]
+                measurement = Measurement(report, bus, raw, peer, floors, quick)
                 await measurement.operate("write", 4 * KIB, peer)
                 settle_heap()
                 before = await counters(bus, ours)
@@ -260,6 +265,8 @@ def hold_against_limits(report: Report) -> None:
     report.check("write_1MiB_p50_vs_raw_nixl_and_nats", p50("write", "nixlbus", MIB) / both, 1.3)
     bandwidth = p50("write", "raw_nixl", 64 * MIB) / p50("write", "nixlbus", 64 * MIB)
     report.check("write_64MiB_bandwidth_vs_raw_nixl", bandwidth, 0.9, "higher")
+    bandwidth = p50("write", "raw_nixl_huge", 64 * MIB) / p50("write", "nixlbus", 64 * MIB)
+    report.check("write_64MiB_bandwidth_vs_raw_nixl_on_huge_pages_too", bandwidth, 0.9, "higher")
     rate = report.value("write", "nixlbus", 4 * KIB, 32, "per_s")
     requests = report.value("request", "raw_nats", 4 * KIB, 32, "per_s")
     report.check("write_4KiB_32_at_once_vs_raw_nats", rate / requests, 0.5, "higher")
