@@ -59,7 +59,9 @@ from bus.handshake.authentication import KeyFileError, write_key_file
 from bus.handshake.process_identity import identity_of
 from bus.operations.claim import Claim, PendingClaim
 from bus.operations.initiator import OperationReport, ReadOperation, WriteOperation
+from bus.operations.lifecycle import GrantState
 from bus.operations.target import OperationStatus, PeerOutcome, ReadableOperation, WritableOperation
+from schemas.operations import CompletionAck, Initiator, ProcessIdentity, RdmaMetadata
 
 __all__ = [
     "ArenaTensor",
@@ -72,6 +74,7 @@ __all__ = [
     "CallMeter",
     "ChecksumMismatch",
     "Claim",
+    "CompletionAck",
     "ConfigError",
     "ConnectionLost",
     "ControlPlaneError",
@@ -85,9 +88,11 @@ __all__ = [
     "EmbeddedServer",
     "EndpointConfig",
     "ForeignGrant",
+    "GrantState",
     "Handler",
     "IncompatiblePeer",
     "IncompleteOperation",
+    "Initiator",
     "InvalidDescriptor",
     "KeyFileError",
     "KvBlocks",
@@ -106,6 +111,8 @@ __all__ = [
     "PermissionDenied",
     "PoolExhausted",
     "ProbeReport",
+    "ProcessIdentity",
+    "RdmaMetadata",
     "ReadOnlyMemory",
     "ReadOperation",
     "ReadableOperation",

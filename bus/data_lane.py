@@ -142,7 +142,9 @@ class DataLane:
         undertakings.close()
         await undertakings.idle(timeout_s)
         await self.lanes.conclusions.close(timeout_s)
-        if await self.engine.close(timeout_s) and not undertakings.num_open:
+        has_drained = await self.engine.close(timeout_s)
+        await self.lanes.conclusions.close(timeout_s)  # what the last transfers left to conclude
+        if has_drained and not undertakings.num_open:
             last_word = statements.epoch_drained(self._keys, self.lanes.identity)
             subject = self.lanes.subjects.event(self.lanes.identity.worker_id, DRAINED_EVENT)
             try:
@@ -152,6 +154,7 @@ class DataLane:
         self._watch.close()
 
     def _answer_status(self, request: OperationStatusRequest) -> OperationStatusReply:
+        statements.check_status_request(self._keys, request)
         return statements.status_reply(self._keys, request, self.lanes.undertakings.answer(request))
 
     async def _ask_initiator(self, request: OperationStatusRequest) -> OperationStatusReply | None:

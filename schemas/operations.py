@@ -159,7 +159,7 @@ class ClaimRequest(Message, frozen=True, kw_only=True, tag="operation.claim"):
     """The epoch of the target that the grant named."""
     initiator: Initiator
     proof: Token = UNPROVED
-    """That a member of the bus asks."""
+    """That a member of the bus asks, for the grant as the target made it."""
 
 
 class ClaimReply(Message, frozen=True, kw_only=True, tag="operation.claimed"):
@@ -207,6 +207,8 @@ class OperationStatusRequest(Message, frozen=True, kw_only=True, tag="operation.
     nonce: Token = UNPROVED
     serial: Count = 0
     """Of a named grant: it is refused from now on."""
+    proof: Token = UNPROVED
+    """That a member of the bus asks."""
 
 
 class OperationStatusReply(Message, frozen=True, kw_only=True, tag="operation.status_reply"):

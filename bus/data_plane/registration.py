@@ -7,14 +7,17 @@ deregistered, before the memory can be anybody else's. Past the bound the longes
 Region numbers are never used twice, so that a peer can't mistake one registration for another.
 """
 
+import logging
 import threading
 import weakref
 from collections import OrderedDict
 
 from bus.data_plane.agent import NixlAgent
 from bus.data_plane.descriptor import Descriptor, Device
-from bus.errors import LocalProtocolError, PoolExhausted
+from bus.errors import BusError, LocalProtocolError, PoolExhausted
 from schemas.handshake import Region
+
+_LOG = logging.getLogger(__name__)
 
 
 class Registration:
@@ -70,8 +73,12 @@ class ForeignMemory:
         """
         key = (descriptor.device.memory_type, descriptor.device.id)
         with self._lock:
-            for number, cached in reversed(self._cached.items()):
-                is_usable = not cached.has_ended and (cached.region.memory_type, cached.region.device_id) == key
+            for number, cached in reversed(list(self._cached.items())):  # the collector may end some meanwhile
+                is_usable = (
+                    number in self._cached
+                    and not cached.has_ended
+                    and (cached.region.memory_type, cached.region.device_id) == key
+                )
                 if is_usable and cached.covers(descriptor):
                     self._cached.move_to_end(number)
                     cached.num_pins += 1
@@ -134,7 +141,7 @@ class ForeignMemory:
     def _make_room(self) -> None:
         if len(self._cached) < self._max:
             return
-        for registration in self._cached.values():
+        for registration in list(self._cached.values()):
             if registration.num_pins == 0:
                 self._end(registration)
                 return
@@ -149,4 +156,7 @@ class ForeignMemory:
                 return
             del self._regions[registration.region.region]
             self.num_deregistrations += 1
-            self._agent.deregister(registration.token)
+            try:
+                self._agent.deregister(registration.token)
+            except BusError as error:  # whoever let go of the memory can do nothing about it
+                _LOG.warning("%s", error)

@@ -25,7 +25,7 @@ from bus.data_plane import cuda
 from bus.data_plane.addressing import CopyPair, Cutter
 from bus.data_plane.agent import NixlAgent, TransferDirection, TransferState, TransferTelemetry
 from bus.deadline import Deadline
-from bus.errors import BusError, DeadlineExceeded, LocalProtocolError, PoolExhausted, TransferError
+from bus.errors import BusError, DeadlineExceeded, Draining, LocalProtocolError, PoolExhausted, TransferError
 
 T = TypeVar("T")
 
@@ -192,13 +192,14 @@ class Transfer:
             self.stop(error)
             return
         self.posted = True
+        self._in_flight.append(handle)  # from here on only NIXL's word takes it out
         try:
-            if agent.post(handle) is not TransferState.DONE or self._in_flight:
-                self._in_flight.append(handle)
+            if agent.post(handle) is not TransferState.DONE or len(self._in_flight) > 1:
                 return
             self._measured.append(agent.telemetry(handle))
         except BusError as error:
             self.stop(error)
+        self._in_flight.remove(handle)
         _release(agent, handle)
 
     def _check_may_post(self) -> None:
@@ -241,7 +242,9 @@ class TransferEngine:
         return sum(transfer.is_draining for transfer in self._under_way)
 
     def check_room(self) -> None:
-        """Raise `PoolExhausted` while too many transfers drain: nothing new should begin then."""
+        """Raise `PoolExhausted` while too many transfers drain, `Draining` when closing: nothing new should begin."""
+        if self._is_stopping:
+            raise Draining("the bus is closing and posts nothing more")
         if len(self._under_way) >= MAX_DRAINING and self.num_draining >= MAX_DRAINING:
             raise PoolExhausted(
                 f"{self.num_draining} cancelled transfers have not drained yet", remedy="look for peers that hang"
@@ -312,9 +315,10 @@ class TransferEngine:
         try:
             return transfer.step(self.agent, chunk_bytes)
         except Exception as error:
-            _LOG.exception("a transfer failed unexpectedly")
+            if transfer.error is None:
+                _LOG.exception("a transfer failed unexpectedly")
             transfer.stop(TransferError(f"the transfer failed unexpectedly: {type(error).__name__}"))
-            return True
+            return False
 
     def _note_end(self, transfer: Transfer) -> None:
         self._under_way.discard(transfer)
@@ -323,7 +327,8 @@ class TransferEngine:
         transfer.on_end()
 
     def _own(self) -> None:
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
+        with contextlib.suppress(OSError):  # a process that is nicer already may not become less so
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
         active: list[Transfer] = []
         sleep_s: float | None = None
         stopping = False

@@ -34,6 +34,7 @@ class ProcessWatch:
     def __init__(self) -> None:
         self._own = identity_of(os.getpid())
         self._loop = asyncio.get_running_loop()
+        self._is_closed = False
         self._watched: dict[ProcessIdentity, tuple[int, list[Callable[[], None]]]] = {}
 
     @property
@@ -48,7 +49,7 @@ class ProcessWatch:
 
     def when_gone(self, process: ProcessIdentity, callback: Callable[[], None]) -> bool:
         """Call back when `process` is gone, at once if it is; False if it can't be watched from here."""
-        if not self._is_near(process):
+        if self._is_closed or not self._is_near(process):
             return False
         if process in self._watched:
             self._watched[process][1].append(callback)
@@ -75,6 +76,7 @@ class ProcessWatch:
 
     def close(self) -> None:
         """Watch nothing any more."""
+        self._is_closed = True
         for descriptor, _ in self._watched.values():
             self._loop.remove_reader(descriptor)
             os.close(descriptor)

@@ -15,6 +15,7 @@ from bus.handshake.authentication import KeyRing
 from schemas.codec import MessageError, decode, encode
 from schemas.handshake import UNSIGNED, AgentDescription, AgentMetadataReply, AgentMetadataRequest
 from schemas.operations import (
+    UNPROVED,
     ClaimRequest,
     EpochDrained,
     Initiator,
@@ -26,7 +27,7 @@ from schemas.operations import (
 )
 
 _QUESTION, _ANSWER, _DRAINED, _REAPED = b"question", b"answer", b"epoch drained", b"process reaped"
-_GRANT, _CLAIM, _TOKEN, _STATUS = b"grant", b"claim", b"token", b"status"
+_GRANT, _CLAIM, _TOKEN, _STATUS, _QUERY = b"grant", b"claim", b"token", b"status", b"query"
 
 _all_but_token = attrgetter(*(field for field in RdmaMetadata.__struct_fields__ if field != "token"))
 
@@ -112,20 +113,32 @@ def check_grant(keys: KeyRing, metadata: RdmaMetadata) -> None:
 
 
 def claim_request(keys: KeyRing, metadata: RdmaMetadata, initiator: Initiator) -> ClaimRequest:
-    """Ask for an open grant."""
-    proof = keys.tag(_CLAIM, *_claim(metadata.operation_id, metadata.epoch, initiator))
+    """Ask for an open grant, as we have seen it: what was changed on its way is refused."""
+    proof = keys.tag(_CLAIM, *_claim_of(metadata, initiator))
     return ClaimRequest(operation_id=metadata.operation_id, epoch=metadata.epoch, initiator=initiator, proof=proof)
 
 
-def check_claim(keys: KeyRing, request: ClaimRequest) -> None:
-    """Whether a member asks. Raises `AuthenticationError`."""
-    if not keys.made(request.proof, _CLAIM, *_claim(request.operation_id, request.epoch, request.initiator)):
+def check_claim(keys: KeyRing, request: ClaimRequest, granted: RdmaMetadata) -> None:
+    """Whether a member asks for what was granted. Raises `AuthenticationError`."""
+    if not keys.made(request.proof, _CLAIM, *_claim_of(granted, request.initiator)):
         raise AuthenticationError("the claim carries no valid proof", peer=request.initiator.worker_id)
 
 
 def claim_tokens(keys: KeyRing, operation_id: str, epoch: str, initiator: Initiator) -> list[bytes]:
     """What the ack of a claim must carry, under each key; the first is ours to use. It is never sent with the claim."""
     return keys.tags(_TOKEN, *_claim(operation_id, epoch, initiator))
+
+
+def status_request(keys: KeyRing, request: OperationStatusRequest) -> OperationStatusRequest:
+    """A question with its proof: it refuses what was not seen."""
+    return msgspec.structs.replace(request, proof=keys.tag(_QUERY, encode(request)))
+
+
+def check_status_request(keys: KeyRing, request: OperationStatusRequest) -> None:
+    """Whether a member asks. Raises `AuthenticationError`."""
+    unproved = msgspec.structs.replace(request, proof=UNPROVED)
+    if not keys.made(request.proof, _QUERY, encode(unproved)):
+        raise AuthenticationError("the status query carries no valid proof", peer=request.worker_id)
 
 
 def status_reply(keys: KeyRing, request: OperationStatusRequest, reply: OperationStatusReply) -> OperationStatusReply:
@@ -140,6 +153,10 @@ def is_status_proved(keys: KeyRing, request: OperationStatusRequest, reply: Oper
 
 def _claim(operation_id: str, epoch: str, initiator: Initiator) -> tuple[bytes, ...]:
     return operation_id.encode(), epoch.encode(), initiator.worker_id.encode(), initiator.epoch.encode()
+
+
+def _claim_of(metadata: RdmaMetadata, initiator: Initiator) -> tuple[bytes, ...]:
+    return msgspec.msgpack.encode(_all_but_token(metadata)), initiator.worker_id.encode(), initiator.epoch.encode()
 
 
 def _status(request: OperationStatusRequest, reply: OperationStatusReply) -> tuple[bytes, ...]:

@@ -71,7 +71,7 @@ class Claim:
     memory at once.
     """
 
-    __slots__ = ("_lanes", "_token", "_undertaking", "deadline", "metadata", "peer")
+    __slots__ = ("_lanes", "_token", "_undertaking", "deadline", "metadata", "peer", "timer")
 
     def __init__(
         self,
@@ -89,6 +89,8 @@ class Claim:
         self._token = token
         self._undertaking = undertaking
         undertaking.release = self.release
+        self.timer: asyncio.TimerHandle | None = None
+        """Gives it back at the end of its lease, if it is never used."""
 
     @property
     def is_spent(self) -> bool:
@@ -126,6 +128,8 @@ class Claim:
             checksum=checksum,
         )
         self._undertaking.ack = ack
+        if self.timer is not None:
+            self.timer.cancel()
         self._undertaking.release = None  # or the two would keep each other, and what was moved, alive
         self._undertaking.move(InitiatorEvent.END)
         headers: dict[str, str] | None = None
@@ -196,7 +200,10 @@ async def claim(lanes: Lanes, metadata: RdmaMetadata) -> Claim:
 
 def _timed(lanes: Lanes, held: Claim) -> Claim:
     """See that a claim that is never spent goes back at the end of its lease."""
-    lanes.loop.call_later(max(0.0, held.deadline.remaining_s), held.release, context=Context())
+    remaining_s = max(0.0, held.deadline.remaining_s)
+    held.timer = lanes.loop.call_later(remaining_s, held.release, context=Context())
+    if lanes.undertakings.is_closed:  # it was asked for before, and nobody will use it
+        held.release()
     return held
 
 

@@ -24,6 +24,7 @@ from bus.errors import (
     BusError,
     ChecksumMismatch,
     DataPlaneError,
+    Draining,
     LocalProtocolError,
     PeerLost,
     PoolExhausted,
@@ -101,6 +102,7 @@ class Grants:
         self._conclusions = conclusions
         self._engine = engine
         self._keys = keys
+        self._is_closed = False
         self._serials: Counter[Initiator] = Counter()
         self._gone: OrderedDict[Initiator, None] = OrderedDict()
         self._notified_by: dict[bytes, PassiveOperation] = {}
@@ -130,13 +132,19 @@ class Grants:
             self._check(memory, terms)
             proof = None
             if terms.checksum and terms.kind is OperationKind.READABLE:
-                proof = await checksum(resolve(memory.extents, self._memory.regions))
+                ranges = resolve(memory.extents, self._memory.regions)
+                proof = await checksum(ranges, memory.lease, memory.storage)
+                self._check(memory, terms)  # what may have changed meanwhile
             operation = self._add(self._metadata(memory, terms, proof), memory, terms)
         except BaseException:
             memory.lease.unpin()
             raise
         if terms.allow_unauthenticated:
-            self._invite(operation)
+            try:
+                self._invite(operation)
+            except BaseException:
+                operation.revoke(ANONYMOUS)  # nobody was told of it
+                raise
         return operation
 
     def claim(self, request: ClaimRequest) -> ClaimReply:
@@ -144,13 +152,15 @@ class Grants:
 
         Raises `AuthenticationError`, and `StaleGrant` for a grant that is unknown, taken, or of another epoch.
         """
-        statements.check_claim(self._keys, request)
         operation_id, initiator = request.operation_id, request.initiator
         if request.epoch != self._identity.epoch:
             raise StaleGrant("the grant is of another epoch", operation_id=operation_id)
         operation = self._operations.get(operation_id)
         if operation is None:
             raise StaleGrant("no such grant: it ended, or never was", operation_id=operation_id)
+        statements.check_claim(self._keys, request, operation.metadata)
+        if operation.metadata.token is not None:
+            raise StaleGrant("the grant is named, and needs no claim", operation_id=operation_id)
         if initiator in self._gone:
             raise StaleGrant("the initiator is known to be gone", operation_id=operation_id)
         tokens = statements.claim_tokens(self._keys, operation_id, request.epoch, initiator)
@@ -180,6 +190,7 @@ class Grants:
 
     def cancel_all(self) -> None:
         """Answer every waiter, and ask nobody any more; for shutdown."""
+        self._is_closed = True
         for operation in list(self._operations.values()):
             operation.cancel()
             operation.stop_asking()
@@ -221,6 +232,8 @@ class Grants:
         )
 
     def _check(self, memory: LocalMemory, terms: GrantTerms) -> None:
+        if self._is_closed:
+            raise Draining("the bus is closing and grants nothing more")
         if terms.deadline.expired:
             raise LocalProtocolError("a grant needs time: its deadline has passed")
         if terms.kind is OperationKind.WRITABLE and not memory.is_writable:
@@ -287,6 +300,7 @@ class Grants:
             nonce=secrets.token_bytes(16),
             serial=operation.metadata.serial,
         )
+        request = statements.status_request(self._keys, request)
         try:
             reply = await self._ask_initiator(request)
         finally:
@@ -303,7 +317,8 @@ class Grants:
     async def _verify(self, operation: PassiveOperation, seat: Seat, ack: CompletionAck) -> None:
         error: BusError | None = None
         try:
-            ours = await checksum(resolve(operation.memory.extents, self._memory.regions))
+            memory = operation.memory
+            ours = await checksum(resolve(memory.extents, self._memory.regions), memory.lease, memory.storage)
         except BaseException as failure:
             error = DataPlaneError(
                 f"the checksum could not be computed: {type(failure).__name__}", operation_id=ack.operation_id

@@ -158,7 +158,7 @@ class ActiveOperation:
 
     async def _conclude_proved(self) -> None:
         try:
-            ours = await checksum(self._ranges)
+            ours = await checksum(self._ranges, self._memory.lease, self._memory.storage)
         except BaseException as failure:
             what = f"the checksum could not be computed: {type(failure).__name__}"
             self._conclude_failed(TransferError(what, operation_id=self.metadata.operation_id))

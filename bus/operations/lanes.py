@@ -9,7 +9,15 @@ import os
 
 from bus.data_plane.addressing import resolve
 from bus.data_plane.lane_probe import LaneProbe, write_apart
-from bus.errors import BusError, DataPlaneError, LeaseExpired, LocalProtocolError, WrongPairing
+from bus.errors import (
+    BusError,
+    DataPlaneError,
+    Draining,
+    LeaseExpired,
+    LocalProtocolError,
+    TransferError,
+    WrongPairing,
+)
 from bus.operations.claim import Claim, Lanes, claim, named_claim
 from schemas.operations import AckOutcome, OperationKind, RdmaMetadata
 
@@ -45,10 +53,11 @@ async def lanes_to(lanes: Lanes, metadata: RdmaMetadata) -> str:
 async def _conclude(held: Claim, probe: LaneProbe, timeout_s: float, answer: "asyncio.Future[str]") -> None:
     try:
         told = await asyncio.to_thread(write_apart, probe, timeout_s)
-    except BusError as error:
-        held.acknowledge(AckOutcome.FAILED, error=error)
+    except Exception as error:
+        failure = error if isinstance(error, BusError) else TransferError(f"the probe failed: {type(error).__name__}")
+        held.acknowledge(AckOutcome.FAILED, error=failure)
         if not answer.done():
-            answer.set_exception(error)
+            answer.set_exception(failure)
     else:
         held.acknowledge(AckOutcome.COMPLETE, probe.num_bytes)
         if told and not answer.done():
@@ -56,7 +65,9 @@ async def _conclude(held: Claim, probe: LaneProbe, timeout_s: float, answer: "as
         elif not answer.done():
             answer.set_exception(DataPlaneError("UCX's log does not name its lanes", peer=held.metadata.worker_id))
     finally:
-        answer.cancel()  # if it has no answer yet, there will be none
+        if not answer.done():
+            answer.set_exception(Draining("the bus closed before the probe had ended"))
+            answer.exception()  # perhaps nobody waits any more
 
 
 def _check(metadata: RdmaMetadata) -> None:

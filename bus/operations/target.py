@@ -258,7 +258,8 @@ class PassiveOperation:
         self, initiator: Initiator, event: GrantEvent, what: str, error_type: type[DataPlaneError]
     ) -> None:
         for seat in self._seats:
-            if seat.initiator == initiator and seat.state not in MEMORY_FREE:
+            is_looked_at = seat.is_verified and seat.state in WAITING  # its ack is here; the checksum concludes it
+            if seat.initiator == initiator and seat.state not in MEMORY_FREE and not is_looked_at:
                 if seat.state in WAITING:
                     seat.error = error_type(what, peer=initiator.worker_id, operation_id=self.metadata.operation_id)
                 self._move(seat, event)

@@ -61,7 +61,8 @@ class Undertakings:
         self._concluded: OrderedDict[Key, Undertaking] = OrderedDict()
         self._windows: dict[tuple[str, str], SerialWindow] = {}
         self._when_idle: asyncio.Event | None = None
-        self._is_closed = False
+        self.is_closed = False
+        """Whether nothing more may begin."""
 
     @property
     def num_open(self) -> int:
@@ -70,7 +71,7 @@ class Undertakings:
 
     def begin(self, metadata: RdmaMetadata) -> Undertaking:
         """Enter an operation. Raises `StaleGrant` for one that was begun or refused before, `Draining` once closed."""
-        if self._is_closed:
+        if self.is_closed:
             raise Draining("the bus is closing and begins nothing more")
         key = (metadata.worker_id, metadata.epoch, metadata.operation_id)
         if key in self._open or key in self._concluded:
@@ -107,7 +108,7 @@ class Undertakings:
 
     def close(self) -> None:
         """Begin nothing more, and give back every claim that was not spent."""
-        self._is_closed = True
+        self.is_closed = True
         for undertaking in list(self._open.values()):
             if undertaking.release is not None:
                 undertaking.release()

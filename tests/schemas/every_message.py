@@ -101,7 +101,7 @@ EXAMPLES: dict[str, Message] = {
         checksum=b"s" * 16,
     ),
     "operation.status": operations.OperationStatusRequest(
-        operation_id=ID, worker_id="decode-1", epoch="e1", initiator=INITIATOR, nonce=TOKEN, serial=3
+        operation_id=ID, worker_id="decode-1", epoch="e1", initiator=INITIATOR, nonce=TOKEN, serial=3, proof=TOKEN
     ),
     "operation.status_reply": operations.OperationStatusReply(
         operation_id=ID,

@@ -12,6 +12,7 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 
 from bus import (
+    ArenaTensor,
     AuthenticationError,
     Bus,
     BusConfig,
@@ -191,8 +192,36 @@ async def test_a_grant_or_a_claim_that_no_member_made_is_refused(
             claim = ClaimRequest(operation_id=open_grant.metadata.operation_id, epoch=bus.epoch, initiator=mine)
             with pytest.raises(RemoteFault, match="no valid proof"):
                 await acting._caller.ask_peer(SUBJECTS.worker("asking", "claim"), claim, ClaimReply, timeout_s=5)
-            await (await acting.begin_write(open_grant.metadata, bytes(64)))
-            await open_grant
+            changed = msgspec.structs.replace(open_grant.metadata, memory=list(other.descriptor.extents))
+            with pytest.raises(RemoteFault, match="no valid proof"):
+                await acting.begin_write(changed, bytes(64))
+            await open_grant_is_still_good(bus, acting, memory)
+            open_grant.cancel()
+            assert bool((other.tensor == 1).all())
+
+
+async def open_grant_is_still_good(bus: Bus, acting: Bus, memory: ArenaTensor) -> None:
+    writable = await bus.create_writable(memory)
+    await (await acting.begin_write(writable.metadata, bytes(64)))
+    await writable
+
+
+async def test_a_status_query_that_no_member_made_uses_no_serial_up(
+    bus: Bus, server: EmbeddedServer, key_file: str
+) -> None:
+    async with Bus.open(BusConfig(worker_id="acting", nats_url=server.url, key_file=key_file)) as acting:
+        mine = Initiator(worker_id="acting", epoch=acting.epoch)
+        forged = OperationStatusRequest(
+            operation_id="f" * 16, worker_id="asking", epoch=bus.epoch, initiator=mine, serial=2**63 - 1
+        )
+        with pytest.raises(RemoteFault, match="no valid proof"):
+            await bus._caller.ask_peer(
+                SUBJECTS.worker("acting", "operation_status"), forged, OperationStatusReply, timeout_s=5
+            )
+        with bus.arena.allocate([64], torch.uint8) as memory:
+            named = await bus.create_writable(memory, initiator=mine)
+            await (await acting.begin_write(named.metadata, bytes(64)))
+            await named
 
 
 async def test_a_status_that_no_member_told_ends_nothing(bus: Bus, raw: Client) -> None:
