@@ -8,6 +8,7 @@ initiator's undertakings before the target hears of it.
 import asyncio
 import logging
 import time
+from collections.abc import Awaitable
 from contextvars import Context
 from dataclasses import dataclass
 
@@ -181,8 +182,10 @@ async def claim(lanes: Lanes, metadata: RdmaMetadata) -> Claim:
         statements.check_grant(lanes.keys, metadata)
     undertaking = lanes.undertakings.begin(metadata)
     try:
-        async with asyncio.timeout(deadline.remaining_s):
-            peer = await lanes.peers.ensure(metadata)
+        peer = lanes.peers.known(metadata)
+        if peer is None:
+            async with asyncio.timeout(deadline.remaining_s):
+                peer = await lanes.peers.ensure(metadata)
     except BaseException as error:
         _give_up(lanes, metadata, undertaking)
         if isinstance(error, TimeoutError):
@@ -190,11 +193,10 @@ async def claim(lanes: Lanes, metadata: RdmaMetadata) -> Claim:
         raise
     if metadata.token is not None:
         return _timed(lanes, Claim(lanes, metadata, peer, metadata.token, deadline, undertaking))
-    claiming = asyncio.create_task(_ask(lanes, metadata, peer, deadline, undertaking))
     try:
-        return _timed(lanes, await asyncio.shield(claiming))
+        return _timed(lanes, await _ask(lanes, metadata, peer, deadline, undertaking))
     except asyncio.CancelledError:
-        lanes.conclusions.add(_give_back(claiming))
+        lanes.conclusions.add(_give_back(_ask(lanes, metadata, peer, deadline, undertaking)))  # once more, to let go
         raise
 
 
@@ -256,6 +258,8 @@ async def _ask(lanes: Lanes, metadata: RdmaMetadata, peer: Peer, deadline: Deadl
                 refusal.fault.message, peer=metadata.worker_id, operation_id=metadata.operation_id
             ) from None
         raise
+    except asyncio.CancelledError:
+        raise  # who is cancelled asks again, to give back what the target may have granted
     except BaseException:
         undertaking.move(InitiatorEvent.CANCEL)  # from now on a query is told that nothing was posted
         raise
@@ -264,7 +268,7 @@ async def _ask(lanes: Lanes, metadata: RdmaMetadata, peer: Peer, deadline: Deadl
     return Claim(lanes, metadata, peer, token, until, undertaking)
 
 
-async def _give_back(claiming: "asyncio.Task[Claim]") -> None:
+async def _give_back(claiming: Awaitable[Claim]) -> None:
     """Never cancelled: a claim that the target granted and we forgot would fence its memory past the lease."""
     try:
         (await claiming).release()
