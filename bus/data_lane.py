@@ -16,7 +16,7 @@ from bus.control_plane.connection import Connection, Msg
 from bus.control_plane.peer_service import serve_peers, typed
 from bus.data_plane.agent import NixlAgent
 from bus.data_plane.memory import RegisteredMemory, TensorArena
-from bus.data_plane.transfer import TransferEngine
+from bus.data_plane.transfer_engine import TransferEngine
 from bus.errors import AuthenticationError, BusError
 from bus.handshake import statements
 from bus.handshake.authentication import KeyRing

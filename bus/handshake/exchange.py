@@ -16,7 +16,7 @@ from bus.control_plane.call import Caller
 from bus.data_plane.addressing import AddressRange
 from bus.data_plane.agent import NixlAgent
 from bus.data_plane.memory import RegisteredMemory
-from bus.data_plane.transfer import TransferEngine
+from bus.data_plane.transfer_engine import TransferEngine
 from bus.errors import RemoteProtocolError, StaleGrant
 from bus.handshake import statements
 from bus.handshake.authentication import KeyRing

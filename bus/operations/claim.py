@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from bus.control_plane.call import Caller
 from bus.control_plane.connection import Connection
 from bus.data_plane.memory import RegisteredMemory
-from bus.data_plane.transfer import TransferEngine
+from bus.data_plane.transfer_engine import TransferEngine
 from bus.deadline import Deadline
 from bus.errors import (
     BusError,

@@ -18,7 +18,7 @@ import msgspec
 from bus.data_plane.addressing import resolve
 from bus.data_plane.checksum import checksum
 from bus.data_plane.memory import LocalMemory, RegisteredMemory
-from bus.data_plane.transfer import TransferEngine
+from bus.data_plane.transfer_engine import TransferEngine
 from bus.deadline import Deadline
 from bus.errors import (
     BusError,

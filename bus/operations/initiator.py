@@ -150,6 +150,7 @@ class ActiveOperation:
         self._span.event("done")
         error = self._transfer.error
         if error is not None:
+            error.peer, error.operation_id = self.metadata.worker_id, self.metadata.operation_id  # NIXL knew its agent
             self._conclude_failed(error)
         elif self.metadata.checksummed:
             self._lanes.conclusions.add(self._conclude_proved())
