@@ -9,6 +9,7 @@ from pathlib import Path
 import msgpack
 import pytest
 from nats.aio.client import Client
+from nats.aio.msg import Msg
 
 from bus import (
     Bus,
@@ -337,3 +338,22 @@ async def test_discovery_answers_as_nats_defines_it(bus: Bus, raw: Client) -> No
     await raw.request("test.found", b"\xc1", timeout=5)
     (service,) = [s for s in await bus.services() if s["name"] == "finder"]
     assert (service["endpoints"][0]["num_requests"], service["endpoints"][0]["num_errors"]) == (1, 1)
+
+
+async def test_what_is_published_without_a_suspension_arrives_whole_and_in_order(caller: Bus, raw: Client) -> None:
+    count = 5000  # several times what nats-py's flusher can be woken for before publishing suspends
+    arrived: list[bytes] = []
+    all_here = asyncio.Event()
+
+    async def take(message: Msg) -> None:
+        arrived.append(message.data)
+        if len(arrived) == count:
+            all_here.set()
+
+    await raw.subscribe("test.in.order", cb=take)
+    await raw.flush()
+    await raw.flush()
+    for number in range(count):
+        caller._connection.publish_now("test.in.order", b"%d" % number)
+    await asyncio.wait_for(all_here.wait(), 20)
+    assert arrived == [b"%d" % number for number in range(count)]
