@@ -9,6 +9,7 @@ weaker promises, so that both ways are off unless the caller allows them:
   polls for it. Each operation that Dynamo initiates leaks a socket in both processes, by its own disconnecting.
 """
 
+import asyncio
 import secrets
 from typing import Any
 
@@ -18,7 +19,14 @@ from bus.data_plane.descriptor import Device
 from bus.data_plane.memory import LocalMemory, RegisteredMemory
 from bus.data_plane.transfer import Transfer, TransferPlan
 from bus.deadline import Deadline
-from bus.errors import IncompatiblePeer, ReadOnlyMemory, RemoteProtocolError, WrongLength, WrongPairing
+from bus.errors import (
+    DeadlineExceeded,
+    IncompatiblePeer,
+    ReadOnlyMemory,
+    RemoteProtocolError,
+    WrongLength,
+    WrongPairing,
+)
 from bus.operations.claim import Lanes
 from bus.operations.initiator import PAIRINGS, ActiveOperation, Progress
 from observability.active_span import NO_SPAN, Span
@@ -90,7 +98,11 @@ async def begin(
             agent_metadata = invited.agent_metadata()
         except MessageError as error:
             raise RemoteProtocolError(str(error)) from None
-        peer = await lanes.engine.call(lambda: lanes.engine.agent.load_peer(agent_metadata))
+        try:
+            async with asyncio.timeout(deadline.remaining_s):
+                peer = await lanes.engine.call(lambda: lanes.engine.agent.load_peer(agent_metadata))
+        except TimeoutError:
+            raise DeadlineExceeded("NIXL did not take the peer's agent metadata in time") from None
         local = resolve(memory.extents, lanes.memory.regions)
         types = (memory.device.memory_type, remote_type)
         pairing = PAIRINGS[kind]

@@ -36,6 +36,7 @@ from bus.errors import (
 )
 from bus.operations.claim import Claim, Lanes, claim, named_claim
 from bus.operations.target import OperationStatus
+from bus.operations.verdict import Verdict
 from observability import semantic_conventions as names
 from observability.active_span import NO_SPAN, Span
 from observability.tracing import is_tracing, start_span
@@ -88,10 +89,8 @@ class ActiveOperation:
         self._span = span
         self._loop = asyncio.get_running_loop()
         self._started_s = time.perf_counter()
-        self._waiters: list[asyncio.Future[None]] = []
+        self._verdict = Verdict()
         self._wire_ms = 0.0
-        self._is_decided = False
-        self._error: BusError | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._transfer: Transfer
 
@@ -106,26 +105,18 @@ class ActiveOperation:
         """
         if asyncio.get_running_loop() is not self._loop:
             return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(self.wait(), self._loop))
-        if not self._is_decided:
-            waiter = self._loop.create_future()
-            self._waiters.append(waiter)
-            try:
-                await waiter
-            except asyncio.CancelledError:
-                self.cancel()
-                raise
-        if self._error is not None:
-            raise self._error
+        await self._verdict.wait(self.cancel)
         return OperationReport(self._transfer.report(), self._wire_ms)
 
     @property
     def status(self) -> OperationStatus:
         """Where it is, in NIXL Connect's words."""
-        if not self._is_decided:
+        if not self._verdict.is_decided:
             return OperationStatus.IN_PROGRESS
-        if self._error is None:
+        error = self._verdict.error
+        if error is None:
             return OperationStatus.COMPLETE
-        return OperationStatus.CANCELLED if isinstance(self._error, TransferCancelled) else OperationStatus.ERRORED
+        return OperationStatus.CANCELLED if isinstance(error, TransferCancelled) else OperationStatus.ERRORED
 
     def cancel(self) -> None:
         """Post nothing further; the target hears when what was posted has drained."""
@@ -140,7 +131,7 @@ class ActiveOperation:
         self._transfer = transfer
         self._span.event("posted")
         self._lanes.engine.start(transfer)
-        if not self._is_decided:
+        if not self._verdict.is_decided:
             remaining_s = self._claim.deadline.remaining_s
             self._timer = self._loop.call_later(remaining_s, self._on_lease_end, context=Context())
 
@@ -203,23 +194,19 @@ class ActiveOperation:
         )
 
     def _give_up(self, error: BusError) -> None:
-        if not self._is_decided:
+        if not self._verdict.is_decided:
             self._transfer.cancel()
             self._claim.drain()
             self._decide(error)
 
     def _decide(self, error: BusError | None) -> None:
-        if self._is_decided:
+        if self._verdict.is_decided:
             return
-        self._is_decided = True
-        self._error = error
         if self._timer is not None:
             self._timer.cancel()
         if error is not None:
             self._span.fail(error)
-        for waiter in self._waiters:
-            if not waiter.done():
-                waiter.set_result(None)
+        self._verdict.decide(error)
 
     async def __aenter__(self) -> "ActiveOperation":
         return self

@@ -28,6 +28,7 @@ from bus.errors import (
     StaleGrant,
 )
 from bus.operations.lifecycle import MEMORY_FREE, WAITING, GrantEvent, GrantState, event_of, next_state
+from bus.operations.verdict import Verdict
 from observability import semantic_conventions as names
 from observability.active_span import Span
 from observability.propagation import extract
@@ -112,9 +113,7 @@ class PassiveOperation:
         self._listener = listener
         self._seats = [Seat(metadata.initiator, metadata.token) for _ in range(metadata.max_claims)]
         self._num_waiting = self._num_fenced = metadata.max_claims
-        self._waiters: list[asyncio.Future[None]] = []
-        self._is_decided = False
-        self._error: BusError | None = None
+        self._verdict = Verdict()
         self._loop = loop
         self._lease_s = deadline.remaining_s
         self._is_quarantined = False
@@ -133,16 +132,7 @@ class PassiveOperation:
         """
         if asyncio.get_running_loop() is not self._loop:
             return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(self.wait(), self._loop))
-        if not self._is_decided:
-            waiter = self._loop.create_future()
-            self._waiters.append(waiter)
-            try:
-                await waiter
-            except asyncio.CancelledError:
-                self.cancel()
-                raise
-        if self._error is not None:
-            raise self._error
+        await self._verdict.wait(self.cancel)
         ack = self._seats[-1].ack
         assert ack is not None  # decided without an error: complete
         return ack
@@ -155,12 +145,13 @@ class PassiveOperation:
     @property
     def status(self) -> OperationStatus:
         """The same in NIXL Connect's words."""
-        if not self._is_decided:
+        if not self._verdict.is_decided:
             claimed = any(seat.state is GrantState.CLAIMED for seat in self._seats)
             return OperationStatus.IN_PROGRESS if claimed else OperationStatus.INITIALIZED
-        if self._error is None:
+        error = self._verdict.error
+        if error is None:
             return OperationStatus.COMPLETE
-        return OperationStatus.CANCELLED if isinstance(self._error, StaleGrant) else OperationStatus.ERRORED
+        return OperationStatus.CANCELLED if isinstance(error, StaleGrant) else OperationStatus.ERRORED
 
     @property
     def outcomes(self) -> list[PeerOutcome]:
@@ -295,7 +286,7 @@ class PassiveOperation:
             self._timer = self._loop.call_later(self.deadline.remaining_s, self._on_timer, context=Context())
             return
         self._num_asks += 1
-        if not self._is_decided and self.deadline.expired:
+        if not self._verdict.is_decided and self.deadline.expired:
             self._end_all(
                 GrantEvent.LEASE_END,
                 DeadlineExceeded("no ack before the lease ended", operation_id=self.metadata.operation_id),
@@ -337,17 +328,15 @@ class PassiveOperation:
             self._listener.quarantined(self, is_so)
 
     def _answer_if_decided(self) -> None:
-        if self._num_waiting or self._is_decided:
+        if self._num_waiting or self._verdict.is_decided:
             return
-        self._is_decided = True
         failures = [seat for seat in self._seats if seat.error is not None]
+        error: BusError | None = None
         if failures:
             is_alone = len(self._seats) == 1 or all(isinstance(seat.error, StaleGrant) for seat in self._seats)
-            self._error = failures[0].error if is_alone else self._incomplete(failures)
-        for waiter in self._waiters:
-            if not waiter.done():
-                waiter.set_result(None)
-        self.span.end(self._error)
+            error = failures[0].error if is_alone else self._incomplete(failures)
+        self._verdict.decide(error)
+        self.span.end(error)
         if self._num_fenced:
             self._note_quarantine(True)
 
