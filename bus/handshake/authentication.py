@@ -1,7 +1,8 @@
 """The shared key, and the proof that a statement came from somebody who holds it.
 
 In: a key file and a statement: a question, a description, a last word. Out: a MAC, or `AuthenticationError`.
-HMAC-SHA256 covers a label and every part that the statement means, among them the question's nonce and requester, so
+What the handshake says is proved by HMAC-SHA256, what goes with every operation by a shorter tag, keyed BLAKE2b.
+Either covers a label and every part that the statement means, among them the question's nonce and requester, so
 that an answer can't be moved to another question nor a question's proof to an answer. The key proves membership of the
 bus; *who* a member is comes from NATS permissions. NIXL must never see bytes without this proof: of 220 mutated blobs
 handed to it, 3 killed the process and 52 were taken as good.
