@@ -76,6 +76,7 @@ class Bus:
         self._inbox = Inbox(connection)
         self._caller = Caller(connection, self._inbox, self.subjects)
         self._endpoints: list[Endpoint] = []
+        self._leaving: list[Endpoint] = []
         self._hears_cancellations = False
         self._is_draining = False
         self._service: Service | None = None
@@ -332,6 +333,7 @@ class Bus:
             self._service = None
         serving = [endpoint for endpoint in self._endpoints if endpoint.config.traced]
         self._endpoints = [endpoint for endpoint in self._endpoints if not endpoint.config.traced]
+        self._leaving += serving  # their callers may still cancel
         await asyncio.gather(*(endpoint.drain(timeout_s) for endpoint in serving))
 
     @property
@@ -523,7 +525,7 @@ class Bus:
 
     def _on_cancellation(self, message: Msg) -> None:
         request_id = message.subject.rpartition(".")[2]
-        for endpoint in self._endpoints:
+        for endpoint in (*self._endpoints, *self._leaving):
             if endpoint.cancel(request_id):
                 return
 
