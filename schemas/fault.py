@@ -76,6 +76,7 @@ RETRYABLE = frozenset(
         FaultCode.OVERLOADED,
         FaultCode.DRAINING,
         FaultCode.DECLINED,
+        FaultCode.CANCELLED,
         FaultCode.CONNECTION_LOST,
         FaultCode.POOL_EXHAUSTED,
         FaultCode.PEER_LOST,

@@ -354,7 +354,7 @@ class Endpoint:
         if work.expired:
             return DeadlineExceeded("the request's time was up", subject=self.config.subject.name)
         if self._draining:
-            return Draining("the worker stopped while it worked on this")
+            return Cancelled("the worker stopped while it worked on this")  # it was begun: no refusal
         return Cancelled("something that the handler waited for was cancelled")
 
     async def _answer(self, work: Work, encoding: Encoding, reply: "_Reply") -> None:
