@@ -288,7 +288,7 @@ class Endpoint:
     async def _run(self, work: Work) -> None:
         started_ns = time.perf_counter_ns()
         work.has_begun = True
-        expiry = self._loop.call_later(max(0.0, work.deadline.remaining_s), work.expire)
+        expiry = self._inbox.expiries.add(work, work.deadline.at_s)
         try:
             if work.caller_is_gone:
                 self.stats.num_cancelled += 1
@@ -300,7 +300,7 @@ class Endpoint:
             self._count_error(str(error))
             _LOG.warning("no reply could be sent on %s: %s", self.config.subject.template, error)
         finally:
-            expiry.cancel()
+            self._inbox.expiries.discard(work, expiry)
             self._finished(work)
             self.stats.num_requests += 1
             self.stats.processing_time_ns += time.perf_counter_ns() - started_ns
