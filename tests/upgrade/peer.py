@@ -164,7 +164,7 @@ class Peer:
         for name, request_type, handler in (("ask", Ask, self.ask), ("count", Count, self.count)):
             for subject, group in ((subjects.graph(GRAPH, name), name), (subjects.worker(own, name), "")):
                 label = name if group else f"own_{name}"
-                await self._bus.serve(EndpointConfig(label, subject, request_type, queue_group=group), handler)  # type: ignore[arg-type]
+                await self._bus.serve(EndpointConfig(label, subject, request_type, queue_group=group), handler)
         await self._bus.serve(EndpointConfig("transfer", subjects.worker(own, "transfer"), Transfer), self.transfer)
         await self._bus.serve(EndpointConfig("command", subjects.worker(own, "command"), Command), self.command)
         await self._bus.announce(f"nixlbus-{GRAPH}-peer", version, {"role": "peer"})
@@ -258,7 +258,7 @@ async def main(version: str, worker_id: str, nats_url: str, key_file: str) -> No
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, stop.set)
-    loop.add_reader(sys.stdin, lambda: stop.set() if not sys.stdin.read(1) else None)
+    loop.add_reader(sys.stdin, stop.set)
     config = BusConfig(worker_id=worker_id, nats_url=nats_url, key_file=key_file, arena_bytes=16 << 20)
     async with Bus.open(config, data_plane=bool(key_file)) as opened:
         await Peer(opened).serve(version)
