@@ -11,7 +11,8 @@ from bus import Bus, BusConfig, embedded_server, write_key_file
 from tests.graph_fixture import SAMPLES, ask
 from tests.upgrade.versions import THIS, Version, running
 
-ROLES = ("processor", "decode", "prefill", "encode")
+ROLES = {"processor": "generate", "decode": "decode", "prefill": "prefill", "encode": "encode"}
+"""Role to stage, which is its queue group in both versions: in another group a worker would do the work again."""
 MODEL = SAMPLES.parent
 NUM_REQUESTS = 64
 """Where each side of a hop is drawn evenly, a pair of neighbours that none takes is one case in 10^7."""
@@ -71,3 +72,6 @@ async def test_roles_of_both_versions_answer_together(
         for worker_id, served in endpoints.items():
             assert sum(each["num_requests"] for each in served), f"{worker_id} was not asked"
             assert not sum(each["num_errors"] for each in served), f"{worker_id}: {served}"
+            stage = ROLES[worker_id.split("-")[0]]
+            groups = {each["subject"]: each["queue_group"] for each in served}
+            assert groups[bus.subjects.graph("vlm", stage).name] == stage
