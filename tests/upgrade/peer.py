@@ -29,6 +29,9 @@ GRAPH = "upgrade"
 VALUE = 7
 PATIENCE_S = 30.0
 NUM_FRAMES = 24
+MAX_FAILURES = 20
+WORK_S = 0.05
+"""What an answer takes: a worker that drains has some under way."""
 
 
 class Ask(Message, frozen=True, kw_only=True, tag="upgrade.ask"):
@@ -105,7 +108,8 @@ class Report(Message, frozen=True, kw_only=True, tag="upgrade.report"):
 
 
 class Load:
-    """Requests and streams to the graph's queue groups, from several tasks at once, until it is ended."""
+    """Requests and streams to the graph's queue groups, from several tasks at once, until it is ended or has failed
+    often enough. A context: leaving it without its end cancels what is under way."""
 
     def __init__(self, bus: Bus, num_tasks: int = 4) -> None:
         self._bus = bus
@@ -113,6 +117,14 @@ class Load:
         self.answered_by: Counter[str] = Counter()
         self.failures: list[str] = []
         self._tasks = [asyncio.create_task(self._run(number)) for number in range(num_tasks)]
+
+    async def __aenter__(self) -> "Load":
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def end(self) -> Report:
         """Finish what is under way, and say what came of all."""
@@ -122,7 +134,7 @@ class Load:
 
     async def _run(self, number: int) -> None:
         num_sent = 0
-        while not self._ended:
+        while not self._ended and len(self.failures) < MAX_FAILURES:
             num_sent += 1
             try:
                 await self._once(f"{number}.{num_sent}")
@@ -131,7 +143,7 @@ class Load:
 
     async def _once(self, text: str) -> None:
         reply = await self._bus.request(
-            self._bus.subjects.graph(GRAPH, "ask"), Ask(text=text, seconds=0.005), Told, timeout_s=PATIENCE_S
+            self._bus.subjects.graph(GRAPH, "ask"), Ask(text=text, seconds=WORK_S), Told, timeout_s=PATIENCE_S
         )
         if reply.text != text:
             raise ValueError(f"{reply.text} for {text}")

@@ -26,11 +26,11 @@ def ordered(pair: Pair, way: str) -> tuple[PeerProcess, PeerProcess]:
 
 
 async def test_under_load_both_versions_answer_both_and_nothing_fails(pair: Pair, driver: Bus) -> None:
-    ours = Load(driver)
-    for peer in pair:
-        await peer.told(driver, Command(what="start load"))
-    await asyncio.sleep(LOAD_S)
-    reports = [await ours.end(), *[await peer.told(driver, Command(what="end load")) for peer in pair]]
+    async with Load(driver) as ours:
+        for peer in pair:
+            await peer.told(driver, Command(what="start load"))
+        await asyncio.sleep(LOAD_S)
+        reports = [await ours.end(), *[await peer.told(driver, Command(what="end load")) for peer in pair]]
     for report in reports:
         assert report.failures == []
         assert set(report.answered_by) == {"before", "this"}
@@ -130,7 +130,7 @@ async def test_a_rolling_change_of_version_under_load_loses_nothing(
             return await stack.enter_async_context(worker(version, worker_id, server.url))
 
         leaving = [await start(first, f"{change}-first-{number}") for number in range(2)]
-        ours = Load(driver)
+        ours = await stack.enter_async_context(Load(driver))
         for peer in pair:
             await peer.told(driver, Command(what="start load"))
         coming = []
