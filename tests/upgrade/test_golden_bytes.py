@@ -65,6 +65,14 @@ def test_the_version_before_ignores_fields_that_it_does_not_know(
     assert understood_by(version_before, extended, tmp_path) == understood_by(version_before, golden, tmp_path)
 
 
+def test_the_version_before_refuses_a_worker_id_with_a_dot(
+    version_before: Version, golden: dict[str, str], tmp_path: Path
+) -> None:
+    grant = msgpack.unpackb(bytes.fromhex(golden["operation.grant"]))
+    dotted = {"operation.grant": msgpack.packb({**grant, "worker_id": "decode.ab12cd"}).hex()}
+    assert "worker_id" in understood_by(version_before, dotted, tmp_path)["operation.grant"]
+
+
 def test_the_golden_bytes_of_the_version_before_are_what_it_writes(version_before: Version, tmp_path: Path) -> None:
     before: dict[str, str] = json.loads((SCHEMAS / "golden_of_version_2.json").read_text())
     assert understood_by(version_before, before, tmp_path) == before
