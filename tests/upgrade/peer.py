@@ -88,6 +88,7 @@ class Command(Message, frozen=True, kw_only=True, tag="upgrade.command"):
     peer: str = ""
     epoch: str = ""
     ask: Ask = Ask()
+    timeout_s: float = PATIENCE_S
     num_frames: int = 0
     kind: Literal["readable", "writable"] = "writable"
     num_bytes: int = 0
@@ -231,7 +232,9 @@ class Peer:
                 subject = subjects.worker(command.peer, "count")
                 return Report(num_frames=(await counted(self._bus, subject, command.num_frames))[0])
             message = command.ask if command.what == "ask" else Count(num_frames=1)
-            reply = await self._bus.request(subjects.worker(command.peer, "ask"), message, Told, timeout_s=PATIENCE_S)
+            reply = await self._bus.request(
+                subjects.worker(command.peer, "ask"), message, Told, timeout_s=command.timeout_s
+            )
         except RemoteFault as error:
             return Report(fault=error.fault)
         except BusError as error:

@@ -1,14 +1,14 @@
 """Workers of the version before and of this one, each in a process of its own, serve and call each other."""
 
 import asyncio
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, aclosing
 from typing import Literal
 
 import pytest
 
 from bus import Bus, EmbeddedServer
 from tests.upgrade.conftest import Pair
-from tests.upgrade.peer import GRAPH, VALUE, Ask, Command, Load
+from tests.upgrade.peer import GRAPH, VALUE, Ask, Command, Count, Counted, CountEnd, Load, Told
 from tests.upgrade.versions import THIS, PeerProcess, Version, worker
 
 LOAD_S = 1.5
@@ -78,6 +78,36 @@ async def test_a_fault_of_the_other_version_arrives_as_it_was_sent(pair: Pair, d
     code, message, *_ = await fault(what="ask amiss")
     assert code == "unknown_message_type"
     assert "upgrade.ask" in message
+
+
+@both_ways
+async def test_a_deadline_holds_across_versions_and_the_next_request_is_answered(
+    pair: Pair, driver: Bus, way: str
+) -> None:
+    asking, asked = ordered(pair, way)
+    slow = Command(what="ask", peer=asked.worker_id, ask=Ask(seconds=60.0), timeout_s=0.3)
+    report = await asking.told(driver, slow)
+    assert report.fault.code == "deadline_exceeded" if report.fault else "DeadlineExceeded" in report.failures[0]
+    prompt = Command(what="ask", peer=asked.worker_id, ask=Ask(text="next"))
+    assert (await asking.told(driver, prompt)).told == "next"
+
+
+@pytest.mark.parametrize("version", ["before", "this"])
+async def test_a_caller_that_goes_away_leaves_a_worker_that_answers_the_next(
+    pair: Pair, driver: Bus, version: str
+) -> None:
+    worker_id = getattr(pair, version).worker_id
+    subject = driver.subjects.worker(worker_id, "ask")
+    away = asyncio.create_task(driver.request(subject, Ask(seconds=0.3), Told, timeout_s=30))
+    frames = driver.stream(
+        driver.subjects.worker(worker_id, "count"), Count(num_frames=2000), Counted, CountEnd, timeout_s=30
+    )
+    async with aclosing(frames):
+        assert await anext(frames) == Counted(seq=0)
+        away.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await away
+    assert await driver.request(subject, Ask(text="next"), Told, timeout_s=30) == Told(text="next", worker_id=worker_id)
 
 
 @both_ways

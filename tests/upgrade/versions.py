@@ -15,7 +15,7 @@ from tests.upgrade.peer import Command, Report
 
 HERE = Path(__file__).parent
 (WHEEL_BEFORE,) = HERE.glob("nixlbus-*.whl")
-START_TIMEOUT_S = 60
+START_TIMEOUT_S = 90
 STOP_TIMEOUT_S = 20
 
 
