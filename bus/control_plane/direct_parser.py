@@ -49,6 +49,8 @@ class DirectParser(Parser):
                 header_size = int(fields[-2]) if has_headers else 0
                 has_reply = len(fields) == 5 + has_headers
                 subject, number, reply = fields[1], int(fields[2]), fields[3] if has_reply else b""
+                if not 0 <= header_size <= size:
+                    raise ValueError
             except (ValueError, IndexError):
                 raise ProtocolError("nats: malformed MSG") from None
             body = line_end + 2
