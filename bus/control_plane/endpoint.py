@@ -244,6 +244,7 @@ class Endpoint:
         await asyncio.gather(*tasks, return_exceptions=True)
         while self._waiting:
             self._refuse(self._waiting.popleft().message, Draining("the worker stopped before it began this"))
+        self._by_request_id.clear()
         if self._probing:
             self._probing.cancel()
 
@@ -497,6 +498,8 @@ class _Reply:
         text = self._work.message.headers.get(WINDOW_HEADER, "")
         window_frames = int(text) if text.isdecimal() and len(text) < 10 else 0
         if window_frames and self._work.request_id:
+            if self._work.link:  # of a probe, while a middleware took its time
+                self._work.link.close()
             self._work.link = self._endpoint._link(self._work, min(window_frames, MAX_WINDOW_FRAMES))
 
     async def stream(self, frames: AsyncGenerator[Message, None]) -> None:
