@@ -76,7 +76,6 @@ class Bus:
         self._inbox = Inbox(connection)
         self._caller = Caller(connection, self._inbox, self.subjects)
         self._endpoints: list[Endpoint] = []
-        self._leaving: list[Endpoint] = []
         self._hears_cancellations = False
         self._is_draining = False
         self._service: Service | None = None
@@ -332,9 +331,8 @@ class Bus:
             await self._service.close()
             self._service = None
         serving = [endpoint for endpoint in self._endpoints if endpoint.config.traced]
-        self._endpoints = [endpoint for endpoint in self._endpoints if not endpoint.config.traced]
-        self._leaving += serving  # their callers may still cancel
         await asyncio.gather(*(endpoint.drain(timeout_s) for endpoint in serving))
+        self._endpoints = [endpoint for endpoint in self._endpoints if not endpoint.config.traced]
 
     @property
     def has_data_plane(self) -> bool:
@@ -525,7 +523,7 @@ class Bus:
 
     def _on_cancellation(self, message: Msg) -> None:
         request_id = message.subject.rpartition(".")[2]
-        for endpoint in (*self._endpoints, *self._leaving):
+        for endpoint in self._endpoints:
             if endpoint.cancel(request_id):
                 return
 
