@@ -1,6 +1,7 @@
-"""nixlbus's public API: open a `Bus`, call and serve typed messages, move tensors by paired operations.
+"""Everything that `bus` offers by name. `bus/__init__.py` brings it in when the first of the names is asked for.
 
-nixl and torch are imported when a bus opens its data plane, so that `import bus` works where they aren't installed.
+In: the modules below. Out: `__all__`, sorted, which is exactly what is public.
+nixl and torch are imported when a bus opens its data plane, so that this works where they aren't installed.
 """
 
 from bus.blocks.pool import BlockLayout, BlockPool, KvBlocks
