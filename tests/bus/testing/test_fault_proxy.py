@@ -102,12 +102,12 @@ async def test_without_a_fault_nothing_is_changed(behind: Bus, bus: Bus) -> None
         assert (reply.number, reply.payload == payload[number:]) == (number, True)
 
 
-async def test_many_connections_are_carried_at_once(bus: Bus, nixlbus_open: OpenBus, nixlbus_faults: FaultProxy) -> None:
+async def test_many_connections_are_carried_at_once(
+    bus: Bus, nixlbus_open: OpenBus, nixlbus_faults: FaultProxy
+) -> None:
     asked = await serve_echo(bus, "many")
     async with contextlib.AsyncExitStack() as stack:
-        callers = [
-            await stack.enter_async_context(nixlbus_open(nats_url=nixlbus_faults.url)) for _ in range(20)
-        ]
+        callers = [await stack.enter_async_context(nixlbus_open(nats_url=nixlbus_faults.url)) for _ in range(20)]
         assert nixlbus_faults.num_connections == 20
         numbers = range(200)
         answered = await asyncio.gather(*(ask(callers[number % 20], "many", number) for number in numbers))
@@ -223,9 +223,7 @@ async def test_a_duplicated_frame_is_never_read_twice(behind: Bus, caller: Bus, 
     assert len(await read_stream(caller, "doubled")) == 4
 
 
-async def test_reordered_messages_come_in_the_opposite_order(
-    behind: Bus, bus: Bus, nixlbus_faults: FaultProxy
-) -> None:
+async def test_reordered_messages_come_in_the_opposite_order(behind: Bus, bus: Bus, nixlbus_faults: FaultProxy) -> None:
     numbers = await listen(bus, "reversed")
     nixlbus_faults.reorder("testing.reversed", count=3, within_s=LONG_S)
     await publish(behind, "reversed", range(5))
@@ -327,7 +325,7 @@ def test_a_black_hole_takes_in_a_bounded_number_of_bytes(nixlbus_faults: FaultPr
         client.settimeout(0.5)
         num_sent = 0
         message = b"PUB testing.flood 65536\r\n" + b"x" * 65536 + b"\r\n"
-        with pytest.raises(TimeoutError):
+        with contextlib.suppress(TimeoutError):
             while num_sent < 256 << 20:
                 num_sent += client.send(message)
         assert num_sent < 64 << 20
@@ -472,7 +470,8 @@ async def test_a_server_that_requires_tls_is_refused_and_says_why(tmp_path: Path
     key.write_text(PRIVATE_KEY)
     conf = tmp_path / "conf"
     conf.write_text(
-        f'listen: "127.0.0.1:-1"\nports_file_dir: "{tmp_path}"\ntls {{ cert_file: "{certificate}", key_file: "{key}" }}\n'
+        f'listen: "127.0.0.1:-1"\nports_file_dir: "{tmp_path}"\n'
+        f'tls {{ cert_file: "{certificate}", key_file: "{key}" }}\n'
     )
     process = subprocess.Popen([server_binary(), "-c", str(conf)], stderr=subprocess.DEVNULL)  # noqa: ASYNC220
     try:
@@ -509,7 +508,7 @@ async def publish(bus: Bus, name: str, numbers: "range | list[int]", payload: by
 
 async def until(condition: Callable[[], bool], timeout_s: float = LONG_S) -> None:
     async with asyncio.timeout(timeout_s):
-        while not condition():
+        while not condition():  # noqa: ASYNC110
             await asyncio.sleep(0.005)
 
 

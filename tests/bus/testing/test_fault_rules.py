@@ -87,7 +87,9 @@ def test_a_pattern_that_nats_would_not_take_is_refused(pattern: str) -> None:
         FaultRules().add(FaultRule(Fault.DROP, pattern, 1))
 
 
-@pytest.mark.parametrize(("fault", "count", "seconds"), [(Fault.DROP, 0, 0), (Fault.REORDER, 1, 1), (Fault.DELAY, 1, -1)])
+@pytest.mark.parametrize(
+    ("fault", "count", "seconds"), [(Fault.DROP, 0, 0), (Fault.REORDER, 1, 1), (Fault.DELAY, 1, -1)]
+)
 def test_a_count_or_time_that_can_t_be_meant_is_refused(fault: Fault, count: int, seconds: float) -> None:
     with pytest.raises(ValueError, match=r"below|no time"):
         FaultRules().add(FaultRule(fault, "a", count, seconds))

@@ -1,5 +1,7 @@
 """The parser is pure: bytes in, pieces out; whatever the bytes are and however they are cut."""
 
+import itertools
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -47,7 +49,7 @@ OTHER_COMMANDS = st.sampled_from(
 
 def cut(stream: bytes, at: list[int]) -> list[bytes]:
     edges = [0, *sorted({index % (len(stream) + 1) for index in at}), len(stream)]
-    return [stream[begin:end] for begin, end in zip(edges, edges[1:], strict=False)]
+    return [stream[begin:end] for begin, end in itertools.pairwise(edges)]
 
 
 def parse(chunks: list[bytes], side: Side = Side.CLIENT) -> tuple[list[Piece], bytes]:
