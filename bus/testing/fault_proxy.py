@@ -166,10 +166,10 @@ class FaultProxy:
                 "test against a server without it"
             )
 
-    async def _accept(self, from_client: asyncio.StreamReader, to_client: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._tasks.add(task)
+    def _accept(self, from_client: asyncio.StreamReader, to_client: asyncio.StreamWriter) -> None:
+        self._start(self._carry(from_client, to_client))
+
+    async def _carry(self, from_client: asyncio.StreamReader, to_client: asyncio.StreamWriter) -> None:
         try:
             await self._flowing.wait()
             async with asyncio.timeout(_SERVER_TIMEOUT_S):
@@ -184,7 +184,6 @@ class FaultProxy:
             _LOG.debug("the nats-server at %s:%s is away: %s", self._host, self._port, error)
         finally:
             to_client.transport.abort()
-            self._tasks.discard(task)
 
     async def _forward(self, message: Publication, way: "_Way") -> None:
         verdict = self._rules.decide(message.subject, Parcel(way, message.raw))

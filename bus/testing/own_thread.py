@@ -23,7 +23,8 @@ def in_own_thread(
 ) -> Iterator[tuple[T, asyncio.AbstractEventLoop]]:
     """Enter `context` in a new thread called `name`, and leave it there at the end.
 
-    Raises `TimeoutError` when it isn't entered within `start_timeout_s` or left within 20 s.
+    Raises `TimeoutError` when it isn't entered within `start_timeout_s`, and leaves it as soon as it is; or when it
+    isn't left within 20 s.
     """
     started: Future[tuple[T, asyncio.AbstractEventLoop]] = Future()
     ended: Future[None] = Future()
@@ -31,6 +32,8 @@ def in_own_thread(
 
     async def hold() -> None:
         async with context as value:
+            if not started.set_running_or_notify_cancel():
+                return  # nobody waits any more
             started.set_result((value, asyncio.get_running_loop()))
             await stop.wait()
 
@@ -42,7 +45,11 @@ def in_own_thread(
             (ended if started.done() else started).set_exception(error)
 
     threading.Thread(target=run, name=name, daemon=True).start()
-    value, loop = started.result(start_timeout_s)
+    try:
+        value, loop = started.result(start_timeout_s)
+    except BaseException:
+        started.cancel()
+        raise
     try:
         yield value, loop
     finally:

@@ -229,6 +229,7 @@ async def test_reordered_messages_come_in_the_opposite_order(behind: Bus, bus: B
     await publish(behind, "reversed", range(5))
     await until(lambda: len(numbers) == 5)
     assert numbers == [2, 1, 0, 3, 4]
+    await until(lambda: nixlbus_faults._held_bytes == 0)
 
 
 async def test_a_message_that_waits_for_another_goes_on_without_it_in_time(
@@ -240,6 +241,7 @@ async def test_a_message_that_waits_for_another_goes_on_without_it_in_time(
     await until(lambda: numbers == [1])
     await publish(behind, "alone", [2, 3])
     await until(lambda: numbers == [1, 2, 3])
+    await until(lambda: nixlbus_faults._held_bytes == 0)
 
 
 async def test_a_rule_that_is_removed_lets_go_what_it_holds(behind: Bus, bus: Bus, nixlbus_faults: FaultProxy) -> None:
@@ -286,6 +288,7 @@ async def test_a_cut_reaches_connections_in_a_black_hole(behind: Bus, nixlbus_fa
     assert nixlbus_faults.num_connections == 1
     nixlbus_faults.cut()
     await until(lambda: not behind.is_ready)
+    await until(lambda: nixlbus_faults.num_connections == 0)
     nixlbus_faults.resume()
     await until(lambda: behind.is_ready)
 
@@ -316,19 +319,57 @@ async def test_who_connects_into_a_black_hole_hears_nothing(nixlbus_open: OpenBu
 
 
 def test_a_black_hole_takes_in_a_bounded_number_of_bytes(nixlbus_faults: FaultProxy) -> None:
-    port = int(nixlbus_faults.url.rpartition(":")[2])
-    with socket.create_connection(("127.0.0.1", port)) as client:
+    with plain_connection(nixlbus_faults) as client:
+        nixlbus_faults.pause()
+        assert flooded_bytes(client) < 64 << 20
+
+
+def test_a_server_that_does_not_read_stops_who_sends_to_it() -> None:
+    with (
+        in_own_thread(embedded_server(), name="server") as (server, _),
+        in_own_thread(FaultProxy(server.url), name="faults") as (faults, _),
+        plain_connection(faults) as client,
+    ):
+        os.kill(server.pid, signal.SIGSTOP)
+        try:
+            assert flooded_bytes(client) < 64 << 20
+        finally:
+            os.kill(server.pid, signal.SIGCONT)
+
+
+async def test_a_client_that_does_not_read_fills_no_buffer_of_the_proxy(
+    raw: Client, nixlbus_faults: FaultProxy
+) -> None:
+    with plain_connection(nixlbus_faults) as client:
+        client.sendall(b"SUB testing.unread 1\r\nPING\r\n")
+        assert client.recv(1 << 16) == b"PONG\r\n"
+        for _ in range(40):
+            await raw.publish("testing.unread", b"x" * (1 << 20))
+        await raw.flush()
+        await asyncio.sleep(0.3)
+        (way,) = nixlbus_faults._ways
+        assert way._to_client.transport.get_write_buffer_size() < 1 << 20
+
+
+@contextlib.contextmanager
+def plain_connection(faults: FaultProxy) -> Iterator[socket.socket]:
+    with socket.create_connection(("127.0.0.1", int(faults.url.rpartition(":")[2]))) as client:
+        client.settimeout(5)
         client.recv(1 << 16)
         client.sendall(b'CONNECT {"verbose":false}\r\nPING\r\n')
         assert client.recv(1 << 16) == b"PONG\r\n"
-        nixlbus_faults.pause()
-        client.settimeout(0.5)
-        num_sent = 0
-        message = b"PUB testing.flood 65536\r\n" + b"x" * 65536 + b"\r\n"
-        with contextlib.suppress(TimeoutError):
-            while num_sent < 256 << 20:
-                num_sent += client.send(message)
-        assert num_sent < 64 << 20
+        yield client
+
+
+def flooded_bytes(client: socket.socket) -> int:
+    """How much of a quarter of a gigabyte of messages can be sent until nothing moves for half a second."""
+    client.settimeout(0.5)
+    num_sent = 0
+    message = b"PUB testing.flood 65536\r\n" + b"x" * 65536 + b"\r\n"
+    with contextlib.suppress(TimeoutError):
+        while num_sent < 256 << 20:
+            num_sent += client.send(message)
+    return num_sent
 
 
 async def test_what_is_held_back_is_bounded(

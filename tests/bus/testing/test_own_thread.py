@@ -37,6 +37,25 @@ def test_what_fails_there_is_raised_here(fails: str, events_after: list[str]) ->
     assert events == events_after
 
 
+def test_a_context_that_is_entered_too_late_is_left_again() -> None:
+    events: list[str] = []
+    left = threading.Event()
+
+    @asynccontextmanager
+    async def late() -> AsyncIterator[None]:
+        await asyncio.sleep(0.1)
+        try:
+            async with place(events):
+                yield
+        finally:
+            left.set()
+
+    with pytest.raises(TimeoutError), in_own_thread(late(), name="apart", start_timeout_s=0.01):
+        raise AssertionError("entered")
+    assert left.wait(5)
+    assert events == ["entered", "left"]
+
+
 def test_a_failure_of_the_block_ends_the_context() -> None:
     events: list[str] = []
     with pytest.raises(KeyError), in_own_thread(place(events), name="apart"):

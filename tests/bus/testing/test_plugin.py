@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from bus import testing
+
 ROOT = Path(__file__).parents[3]
 PLUGIN = "bus.testing.plugin"
 LOOP_SCOPE = ("-o", "asyncio_default_fixture_loop_scope=function")  # pytest-asyncio warns where it is unset
@@ -186,6 +188,13 @@ def test_every_fixture_has_our_prefix_and_says_what_it_is(tmp_path: Path) -> Non
     expected = ["bus", "faults", "key_file", "open", "server", "spans"]
     assert sorted(name for name in names if name.startswith("nixlbus")) == [f"nixlbus_{name}" for name in expected]
     assert "no docstring available" not in ours
+
+
+def test_all_is_what_can_be_had() -> None:
+    assert list(testing.__all__) == sorted(testing.__all__) == sorted(testing._LAZY)
+    assert all(getattr(testing, name).__name__ == name for name in testing.__all__)
+    with pytest.raises(AttributeError, match="nothing"):
+        testing.nothing  # noqa: B018
 
 
 def test_pytest_finds_it_by_its_entry_point() -> None:
