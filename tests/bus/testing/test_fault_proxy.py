@@ -392,7 +392,7 @@ async def test_what_is_held_back_is_bounded(
     await until(lambda: nixlbus_faults._held_bytes == 0)
 
 
-# nats-py leaves the transport of a failed reconnection open; it is collected here, where that is no other test's failure.
+# nats-py leaves the transport of a failed reconnection open; it is collected here, and so is no other test's failure.
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 async def test_a_server_that_goes_ends_the_connections_to_it_and_may_come_back(nixlbus_open: OpenBus) -> None:
     async with embedded_server() as first:
