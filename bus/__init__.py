@@ -12,9 +12,11 @@ from bus.control_plane.embedded_server import (
     ServerUnavailable,
     embedded_server,
     server_binary,
-    server_configuration,
 )
 from bus.control_plane.endpoint import EndpointConfig, Handler
+from bus.control_plane.permissions import RoleAccess, Roles, RolesFileError, load_roles, with_people
+from bus.control_plane.server_configuration import ServerSettings, TlsFiles, server_configuration
+from bus.control_plane.server_files import ServerFiles, UserFiles, write_server_files
 from bus.data_plane.agent import keep_stdout_clean
 from bus.data_plane.descriptor import Descriptor, Device, DeviceKind
 from bus.data_plane.memory import ArenaTensor, LocalMemory
@@ -120,11 +122,18 @@ __all__ = [
     "RemoteFault",
     "RemoteProtocolError",
     "RequestRefused",
+    "RoleAccess",
+    "Roles",
+    "RolesFileError",
+    "ServerFiles",
+    "ServerSettings",
     "ServerUnavailable",
     "StaleGrant",
+    "TlsFiles",
     "TransferCancelled",
     "TransferError",
     "TransferReport",
+    "UserFiles",
     "WritableOperation",
     "WriteOperation",
     "WrongLayout",
@@ -134,8 +143,11 @@ __all__ = [
     "fault_of",
     "identity_of",
     "keep_stdout_clean",
+    "load_roles",
     "probe_data_plane",
     "server_binary",
     "server_configuration",
+    "with_people",
     "write_key_file",
+    "write_server_files",
 ]

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from bus.config import BusConfig
 from bus.control_plane.call import Caller, CallMeter
 from bus.control_plane.connection import Connection, redacted
+from bus.control_plane.credentials import connect_options
 from bus.control_plane.discovery import Service, ServiceIdentity, discover
 from bus.control_plane.endpoint import Endpoint, EndpointConfig, Handler
 from bus.control_plane.inbox import Inbox
@@ -80,9 +81,11 @@ class Bus:
     ) -> AsyncIterator["Bus"]:
         """Open both lanes (or NATS alone) and close them at the end of the context.
 
-        Raises `ConnectionLost`, `RegistrationError`, and `KeyFileError` where the data plane's key is missing.
+        Raises `ConfigError` for credentials that can't be used, `ConnectionLost`, `PermissionDenied` where the server
+        grants not even the inbox, `RegistrationError`, and `KeyFileError` where the data plane's key is missing.
         """
-        connection = await Connection.open(config.nats_url, config.worker_id, config.connect_timeout_s)
+        options = connect_options(config)
+        connection = await Connection.open(config.nats_url, config.worker_id, config.connect_timeout_s, options)
         try:
             bus = cls(config, connection)
             try:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from bus import Bus, BusConfig, BusError, ConfigError, KeyFileError
+from bus import Bus, BusConfig, BusError, ConfigError, KeyFileError, RolesFileError
 from observability import tracing
 from observability.logs import configure_logging
 from observability.receiver import ReceiverBindError
@@ -33,6 +33,7 @@ START_ERRORS = (
     InvalidIdentifier,
     KeyFileError,
     ReceiverBindError,
+    RolesFileError,
     UnsupportedModel,
     ImportError,
     OSError,

@@ -11,12 +11,14 @@ import asyncio
 import logging
 import re
 from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
 
-from nats.aio.client import Client
 from nats.aio.msg import Msg as Msg
 from nats.aio.subscription import Subscription as Subscription
 from nats.errors import Error as NatsError
 
+from bus.control_plane.nats_url import redacted as redacted
+from bus.control_plane.tls_client import TlsClient
 from bus.errors import BusError, ConnectionLost, ControlPlaneError, PayloadTooLarge, PermissionDenied
 from schemas.subjects import Subject
 
@@ -40,13 +42,19 @@ class Connection:
         self.closed: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         """Resolves, with the reason, when the connection is gone for good."""
         self._url = url
-        self._client = Client()
+        self._client = TlsClient()
         self._listeners: list[LossListener] = []
         self._last_error = ""
+        self._denied_subscription = ""
 
     @classmethod
-    async def open(cls, url: str, name: str, timeout_s: float) -> "Connection":
-        """Connect, retrying for up to `timeout_s`. Raises `ConnectionLost` that says what the last try met."""
+    async def open(
+        cls, url: str, name: str, timeout_s: float, options: Mapping[str, Any] | None = None
+    ) -> "Connection":
+        """Connect, retrying for up to `timeout_s`; `options` are the credentials for nats-py's `connect`.
+
+        Raises `ConnectionLost` that says what the last try met.
+        """
         self = cls(url, name)
         try:
             async with asyncio.timeout(timeout_s):
@@ -61,6 +69,7 @@ class Connection:
                     error_cb=self._on_error,
                     disconnected_cb=self._on_disconnected,
                     closed_cb=self._on_closed,
+                    **(options or {}),
                 )
         except (TimeoutError, OSError, NatsError) as error:
             await self.close()
@@ -179,10 +188,12 @@ class Connection:
         """Wait until a message from any other connection finds what was subscribed to so far.
 
         Two flushes: with nats-server 2.15, after one, a request from another connection met "no responders" in 2 to 7
-        of 100 tries; after two in none of 1,500.
+        of 100 tries; after two in none of 1,500. Raises `PermissionDenied` if the server denied one of them.
         """
         await self.flush(timeout_s)
         await self.flush(timeout_s)
+        if self._denied_subscription:  # the server's refusal came before its answer to the flush
+            raise PermissionDenied("the NATS server denied a subscription", subject=self._denied_subscription)
 
     def statistics(self) -> dict[str, int]:
         """Messages and bytes in and out, and reconnects, since the connection was opened."""
@@ -203,6 +214,8 @@ class Connection:
         denied = _DENIED.search(str(error))
         if denied:
             subject = denied.group(1)
+            if "for subscription to" in str(error).lower():
+                self._denied_subscription = subject
             self._tell(PermissionDenied("the NATS server denied the subject", subject=subject), subject)
         elif self._client.is_connected:
             _LOG.warning("NATS reports to %s: %s", self.name, error)
@@ -226,11 +239,6 @@ def header_bytes(headers: Mapping[str, str] | None) -> int:
     return _HEADER_OVERHEAD_BYTES + sum(
         len(name.encode()) + len(value.encode()) + _HEADER_LINE_OVERHEAD_BYTES for name, value in headers.items()
     )
-
-
-def redacted(url: str) -> str:
-    """The URL without user and password."""
-    return re.sub(r"//[^/@]*@", "//", url)
 
 
 def _guarded(callback: MessageCallback, subject: str) -> MessageCallback:

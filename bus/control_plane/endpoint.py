@@ -35,7 +35,7 @@ from schemas.protocol import (
     WrongProtocol,
     check_protocol,
 )
-from schemas.subjects import InvalidIdentifier, Subject
+from schemas.subjects import InvalidIdentifier, Subject, may_be_answered
 
 Handler = Callable[[Any], Awaitable[Message] | AsyncGenerator[Message, None]]
 MAX_TTL_S = 3600.0
@@ -114,9 +114,11 @@ class Endpoint:
         await asyncio.gather(*self._slots, return_exceptions=True)
 
     async def _on_message(self, message: Msg) -> None:
-        if not message.reply:
+        if not may_be_answered(message.reply, self.config.subject):
             self.stats.num_errors += 1
-            self.stats.last_error = "a request without a reply subject has nobody to answer"
+            self.stats.last_error = (
+                "a request without a reply subject, or with one of the bus's own, has nobody to answer"
+            )
             return
         try:
             if self._draining:
