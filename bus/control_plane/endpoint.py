@@ -116,9 +116,7 @@ class Endpoint:
     async def _on_message(self, message: Msg) -> None:
         if not may_be_answered(message.reply, self.config.subject):
             self.stats.num_errors += 1
-            self.stats.last_error = (
-                "a request without a reply subject, or with one of the bus's own, has nobody to answer"
-            )
+            self.stats.last_error = "a request without a reply subject, or with one of the bus's own, is not answered"
             return
         try:
             if self._draining:

@@ -3,8 +3,8 @@
 In: `RoleAccess` of every role of a graph, its own or `load_roles` from TOML. Out: `Permissions`, lists of subjects as
 nats-server's configuration has them. Invariants: a role subscribes to the stages that it serves inside their queue
 groups only, to its own direct subjects, acks and inbox, and to events; it publishes to what it calls, to what an
-operation needs of those whose memory it reads or writes, to its own events and to cancellations. Everything else is denied, and
-answers go out by the server's `allow_responses`. Pure but for `load_roles`.
+operation needs of those whose memory it reads or writes, to its own events and to cancellations. Everything else is
+denied, and answers go out by the server's `allow_responses`. Pure but for `load_roles`.
 """
 
 import tomllib

@@ -21,7 +21,7 @@ ACCOUNT = "NIXLBUS"
 
 
 class TlsFiles(msgspec.Struct, frozen=True, kw_only=True):
-    """Paths on the server: its certificate and key, and the authority that clients' certificates must come from, if any."""
+    """Paths on the server: its certificate, its key, and the authority of clients' certificates, if it asks for them."""
 
     cert: str
     key: str
@@ -62,7 +62,7 @@ def guarded_configuration(settings: ServerSettings, users: Sequence[User], syste
     entries = "\n".join(_user(user) for user in users)
     jetstream = "    jetstream: enabled\n" if settings.store_dir else ""
     return (
-        "# Written by nixlbus nats-conf, which keeps keys and writes this file anew. Public keys alone: no secret is here.\n"
+        "# Written by nixlbus nats-conf, which keeps the keys and writes this file anew. No secret is in it.\n"
         f"{_server(settings)}"
         "accounts {\n"
         f"  {ACCOUNT} {{\n{jetstream}    users: [\n{entries}\n    ]\n  }}\n"
