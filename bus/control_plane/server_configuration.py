@@ -21,7 +21,7 @@ ACCOUNT = "NIXLBUS"
 
 
 class TlsFiles(msgspec.Struct, frozen=True, kw_only=True):
-    """Paths on the server: its certificate, its key, and the authority of clients' certificates, if it asks for them."""
+    """Paths on the server: certificate, key, and the authority of clients' certificates, if it asks for them."""
 
     cert: str
     key: str
