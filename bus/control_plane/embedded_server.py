@@ -35,6 +35,7 @@ class EmbeddedServer:
     url: str
     monitoring_url: str
     pid: int
+    log_file: str = ""
 
 
 def server_binary() -> str:
@@ -94,7 +95,7 @@ async def _started(process: subprocess.Popen[bytes], folder: Path) -> EmbeddedSe
     except TimeoutError:
         raise ServerUnavailable(f"nats-server was not ready within {START_TIMEOUT_S:g} s") from None
     ports = json.loads(ports_file.read_text())
-    return EmbeddedServer(ports["nats"][0], ports["monitoring"][0], process.pid)
+    return EmbeddedServer(ports["nats"][0], ports["monitoring"][0], process.pid, str(folder / "log"))
 
 
 def _complete(ports_file: Path) -> bool:

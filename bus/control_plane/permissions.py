@@ -31,6 +31,8 @@ INITIATOR_ENDPOINTS = ("operation_status",)
 _Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_-]{1,64}\Z")]
 _Stage = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_-]{1,64}(\.[A-Za-z0-9_-]{1,64})?\Z")]
 _Served = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_-]{1,64}( [A-Za-z0-9_-]{1,64})?\Z")]
+_Raw = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_$*>-]+(\.[A-Za-z0-9_$*>-]+)*\Z")]
+_RawInGroup = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_$*>-]+(\.[A-Za-z0-9_$*>-]+)*( [A-Za-z0-9_-]{1,64})?\Z")]
 _Direct = Annotated[str, Meta(pattern=r"^([A-Za-z0-9_-]{1,64}|\*)\.[A-Za-z0-9_-]{1,64}\Z")]
 
 
@@ -61,9 +63,11 @@ class RoleAccess(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Whether it asks service discovery and hears events, though it only asks; every worker may."""
     dead_letters: bool = False
     """Whether it reads, replays and drops dead letters."""
-    publish: list[str] = []
+    media: bool = False
+    """Whether it puts large messages into the object store, and gets them."""
+    publish: list[_Raw] = []
     """Further subjects to publish to, as NATS has them: for what the lines above don't know."""
-    subscribe: list[str] = []
+    subscribe: list[_RawInGroup] = []
     """Further subjects to subscribe to, `"<subject> <queue group>"` inside a group only."""
 
     @property
@@ -200,25 +204,43 @@ class _Rights:
         graph = self.roles.graph
         for queue in role.submits:
             yield f"{self.root}.job.{graph}.{queue}"
-            yield f"$JS.API.STREAM.INFO.{jobs}"
+            yield from _stream(jobs)
         for queue in role.works:
-            durable = f"{graph}_{queue}"
+            consumer = f"{jobs}.{graph}_{queue}"
             for stream in (jobs, letters, f"KV_{claims}"):
-                yield f"$JS.API.STREAM.INFO.{stream}"
-                yield f"$JS.API.STREAM.CREATE.{stream}"
-            yield f"$JS.API.CONSUMER.INFO.{jobs}.{durable}"
-            yield f"$JS.API.CONSUMER.CREATE.{jobs}.{durable}.{self.root}.job.{graph}.{queue}"
-            yield f"$JS.API.CONSUMER.MSG.NEXT.{jobs}.{durable}"
-            yield f"$JS.ACK.{jobs}.{durable}.>"
+                yield from _stream(stream)
+            yield f"$JS.API.CONSUMER.INFO.{consumer}"
+            yield f"$JS.API.CONSUMER.CREATE.{consumer}.{self.root}.job.{graph}.{queue}"
+            yield f"$JS.API.CONSUMER.DURABLE.CREATE.{consumer}"
+            yield f"$JS.API.CONSUMER.MSG.NEXT.{consumer}"
+            yield f"$JS.ACK.{consumer}.>"
             yield f"{self.root}.dlq.{graph}.{queue}"
-            yield f"$KV.{claims}.{graph}.{queue}.>"
-            yield f"$JS.API.DIRECT.GET.KV_{claims}.$KV.{claims}.{graph}.{queue}.>"
+            yield f"$KV.{claims}.>"
+            yield f"$JS.API.DIRECT.GET.{jobs}"
+            yield f"$JS.API.DIRECT.GET.KV_{claims}"
         if role.dead_letters:
-            for verb in ("INFO", "MSG.GET", "MSG.DELETE"):
-                yield f"$JS.API.STREAM.{verb}.{letters}"
-            yield f"$JS.API.DIRECT.GET.{letters}"
-            yield f"$JS.API.DIRECT.GET.{letters}.>"
+            yield "$JS.API.INFO"
+            for verb in ("STREAM.INFO", "STREAM.MSG.GET", "STREAM.MSG.DELETE", "DIRECT.GET"):
+                yield f"$JS.API.{verb}.{letters}"
             yield f"{self.root}.job.>"
+        if role.media:
+            yield from self._media(f"{prefix}_MEDIA")
+
+    def _media(self, bucket: str) -> Iterator[str]:
+        """An object store, as ADR-20 has it."""
+        stream = f"OBJ_{bucket}"
+        yield from _stream(stream)
+        yield f"$O.{bucket}.>"
+        for verb in ("STREAM.MSG.GET", "STREAM.PURGE", "DIRECT.GET"):
+            yield f"$JS.API.{verb}.{stream}"
+        for verb in ("DIRECT.GET", "CONSUMER.CREATE", "CONSUMER.DELETE", "CONSUMER.MSG.NEXT"):
+            yield f"$JS.API.{verb}.{stream}.>"
+        yield f"$JS.FC.{stream}.>"
+
+
+def _stream(name: str) -> tuple[str, str]:
+    """To look for a stream, and to make it where it is missing: never to change one that is there."""
+    return f"$JS.API.STREAM.INFO.{name}", f"$JS.API.STREAM.CREATE.{name}"
 
 
 def _unique(subjects: Iterable[str]) -> list[str]:
