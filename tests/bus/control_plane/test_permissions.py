@@ -21,7 +21,7 @@ from bus.handshake.authentication import KeyRing
 from bus.handshake.statements import claim_tokens
 from bus.operations.claim import CLAIM_ENDPOINT
 from schemas.codec import encode
-from schemas.generate import ChatMessage, GenerateChunk, GenerateDone, GenerateRequest
+from schemas.generate import ChatMessage, GenerateChunk, GenerateDone, GenerateRequest, Usage
 from schemas.operations import AckOutcome, CompletionAck, Initiator
 from schemas.performance import GRANT_ENDPOINT
 from tests.bus.control_plane.guarded_server import Guarded, guarded_server
@@ -180,7 +180,7 @@ async def test_the_client_gets_the_frames_of_its_answer_and_nobody_else_does(gua
             for number in range(300):
                 yield GenerateChunk(seq=number, text="x", token_ids=[])
             yield GenerateDone(
-                seq=300, finish_reason="stop", model="m", usage={"prompt_tokens": 0, "completion_tokens": 0},
+                seq=300, finish_reason="stop", model="m", usage=Usage(prompt_tokens=0, completion_tokens=0),
                 ledger=[], elapsed_ms=0.0, request_id="r", trace_id="",
             )  # fmt: skip
 
@@ -251,7 +251,7 @@ async def test_no_role_completes_an_operation_that_is_another_s(guarded: Guarded
                     source.tensor.fill_(7)
                     await (await prefill.begin_write(claim, source.descriptor))
                 await writable
-                assert target.tensor.unique().tolist() == [7]
+                assert bool((target.tensor == 7).all())
 
 
 async def test_with_keys_per_instance_a_worker_hears_nothing_of_its_twin(tmp_path: Path) -> None:
