@@ -129,7 +129,8 @@ def with_people(roles: Roles) -> Roles:
         OPERATOR: RoleAccess(only_asks=True, lists=True, dead_letters=True, calls_workers=["traces.trace", "*.perf"]),
         OBSERVER: RoleAccess(only_asks=True, lists=True),
     }
-    return msgspec.structs.replace(roles, roles={**people, **roles.roles})
+    missing = {name: role for name, role in people.items() if name not in roles.roles}
+    return msgspec.structs.replace(roles, roles={**roles.roles, **missing})
 
 
 def permissions(roles: Roles, name: str, *, instance: str = "", prefix: str = DEFAULT_PREFIX) -> Permissions:

@@ -162,6 +162,9 @@ def nats_conf(
     port: Annotated[int, typer.Option("--port", help="Port that the server listens on.")] = 4222,
     monitoring_port: Annotated[int, typer.Option("--monitoring-port", help="Port of its monitoring.")] = 8222,
     store_dir: Annotated[str, typer.Option("--store-dir", help="JetStream's folder on the server.")] = "/data",
+    longest_request_s: Annotated[
+        int, typer.Option("--longest-request", min=1, max=86_400, help="Seconds until which an answer may be sent.")
+    ] = 3600,
     tls_cert: Annotated[str | None, typer.Option("--tls-cert", help="The server's certificate, a path there.")] = None,
     tls_key: Annotated[str | None, typer.Option("--tls-key", help="Its private key, a path on the server.")] = None,
     tls_ca: Annotated[
@@ -173,7 +176,13 @@ def nats_conf(
     from bus import ServerSettings
     from workers.cli import nats_conf as command
 
-    server = ServerSettings(host=host, port=port, monitoring_port=monitoring_port, store_dir=store_dir)
+    server = ServerSettings(
+        host=host,
+        port=port,
+        monitoring_port=monitoring_port,
+        store_dir=store_dir,
+        longest_request_s=longest_request_s,
+    )
     tls = (tls_cert, tls_key, tls_ca)
     _run(command.run(out, roles, keys_per_instance or [], server, tls, as_json), as_json)
 

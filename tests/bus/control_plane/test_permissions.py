@@ -14,7 +14,7 @@ from nats.errors import Error
 from bus import Bus, EndpointConfig, PermissionDenied, RolesFileError, load_roles
 from bus.control_plane.endpoint import MAX_TTL_S
 from bus.control_plane.permissions import INITIATOR_ENDPOINTS, TARGET_ENDPOINTS, permissions
-from bus.control_plane.server_configuration import RESPONSES_EXPIRE
+from bus.control_plane.server_configuration import LONGEST_REQUEST_S
 from bus.data_lane import STATUS_ENDPOINT
 from bus.handshake import exchange
 from bus.handshake.authentication import KeyRing
@@ -276,7 +276,7 @@ async def test_with_keys_per_instance_a_worker_hears_nothing_of_its_twin(tmp_pat
 def test_the_endpoints_of_an_operation_are_those_that_operations_ask() -> None:
     assert set(TARGET_ENDPOINTS) == {exchange.ENDPOINT, CLAIM_ENDPOINT, GRANT_ENDPOINT}
     assert set(INITIATOR_ENDPOINTS) == {STATUS_ENDPOINT}
-    assert f"{MAX_TTL_S / 3600:g}h" == RESPONSES_EXPIRE
+    assert LONGEST_REQUEST_S == MAX_TTL_S
 
 
 def test_roles_of_one_s_own_come_from_a_file(tmp_path: Path) -> None:
