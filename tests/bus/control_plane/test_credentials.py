@@ -1,6 +1,10 @@
 """What a bus proves itself with: nkeys, passwords, TLS, against real servers; and that no secret is ever shown."""
 
+import base64
+import json
 import os
+import secrets
+import time
 import traceback
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -9,7 +13,7 @@ import nkeys
 import pytest
 import trustme
 
-from bus import Bus, BusConfig, ConfigError, ConnectionLost, EmbeddedServer, TlsFiles, embedded_server
+from bus import Bus, BusConfig, ConfigError, ConnectionLost, EmbeddedServer, PermissionDenied, TlsFiles, embedded_server
 from bus.control_plane.credentials import connect_options
 from bus.control_plane.nats_url import redacted
 from tests.bus.control_plane.guarded_server import guarded_server
@@ -192,3 +196,45 @@ async def test_a_tls_url_tells_nothing_to_a_server_without_tls(locked: EmbeddedS
     address = locked.url.removeprefix("nats://")
     with pytest.raises(ConnectionLost, match="offers no TLS"):
         await opened(config(nats_url=f"tls://someone:{PASSWORD}@{address}"))
+
+
+def jwt(claims: dict[str, object], issuer: nkeys.KeyPair) -> str:
+    """A NATS JWT, signed: what `nsc` makes."""
+
+    def part(value: dict[str, object]) -> str:
+        return base64.urlsafe_b64encode(json.dumps(value).encode()).decode().rstrip("=")
+
+    claims = {"iat": int(time.time()), "iss": issuer.public_key.decode(), "jti": secrets.token_hex(8), **claims}
+    signed = f"{part({'typ': 'JWT', 'alg': 'ed25519-nkey'})}.{part(claims)}"
+    return f"{signed}.{base64.urlsafe_b64encode(issuer.sign(signed.encode())).decode().rstrip('=')}"
+
+
+async def test_a_credentials_file_of_nats_connects_and_its_user_s_permissions_hold(tmp_path: Path) -> None:
+    pairs = {}
+    for name, prefix in (("operator", 14 << 3), ("account", 0), ("user", 20 << 3)):
+        pairs[name] = nkeys.from_seed(bytearray(nkeys.encode_seed(os.urandom(32), prefix)))
+    subject = {name: pair.public_key.decode() for name, pair in pairs.items()}
+    limits = {"subs": -1, "data": -1, "payload": -1}
+    operator = jwt({"sub": subject["operator"], "nats": {"type": "operator", "version": 2}}, pairs["operator"])
+    account_limits = {**limits, "imports": -1, "exports": -1, "wildcards": True, "conn": -1, "leaf": -1}
+    account_claims = {"type": "account", "version": 2, "limits": account_limits}
+    account = jwt({"sub": subject["account"], "nats": account_claims}, pairs["operator"])
+    user_claims = {
+        "type": "user", "version": 2, **limits, "pub": {"allow": ["nixlbus.v1.>"]}, "sub": {"allow": ["_INBOX.w.>"]}
+    }  # fmt: skip
+    user = jwt({"sub": subject["user"], "nats": user_claims}, pairs["account"])
+    path = tmp_path / "server.conf"
+    path.write_text(
+        f'listen: "127.0.0.1:-1"\nhttp: "127.0.0.1:-1"\noperator: "{operator}"\nresolver: MEMORY\n'
+        f'resolver_preload: {{ {subject["account"]}: "{account}" }}\n'
+    )
+    creds = tmp_path / "user.creds"
+    creds.write_text(
+        f"-----BEGIN NATS USER JWT-----\n{user}\n------END NATS USER JWT------\n\n"
+        f"-----BEGIN USER NKEY SEED-----\n{bytes(pairs['user'].seed).decode()}\n------END USER NKEY SEED------\n"
+    )
+    creds.chmod(0o600)
+    async with embedded_server(configuration=path) as server:
+        assert await opened(config(nats_url=server.url, nats_creds=str(creds)))
+        with pytest.raises(PermissionDenied):
+            await opened(BusConfig(worker_id="other", nats_url=server.url, nats_creds=str(creds)))
