@@ -3,6 +3,7 @@ here, and no less. The lists are written by hand, the verdicts are nats-server's
 
 import asyncio
 import json
+import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -10,16 +11,29 @@ import pytest
 import torch
 from nats.aio.client import Client
 from nats.errors import Error
+from nats.js.api import AckPolicy, ConsumerConfig, RetentionPolicy
 
-from bus import Bus, EndpointConfig, PermissionDenied, RolesFileError, load_roles
+from bus import (
+    Bus,
+    EndpointConfig,
+    PeerLost,
+    PermissionDenied,
+    RoleAccess,
+    Roles,
+    RolesFileError,
+    identity_of,
+    load_roles,
+    with_people,
+)
 from bus.control_plane.endpoint import MAX_TTL_S
 from bus.control_plane.permissions import INITIATOR_ENDPOINTS, TARGET_ENDPOINTS, permissions
 from bus.control_plane.server_configuration import LONGEST_REQUEST_S
 from bus.data_lane import STATUS_ENDPOINT
 from bus.handshake import exchange
 from bus.handshake.authentication import KeyRing
-from bus.handshake.statements import claim_tokens
+from bus.handshake.statements import claim_tokens, process_reaped
 from bus.operations.claim import CLAIM_ENDPOINT
+from bus.operations.lifecycle import GrantState
 from schemas.codec import encode
 from schemas.generate import ChatMessage, GenerateChunk, GenerateDone, GenerateRequest, Usage
 from schemas.operations import AckOutcome, CompletionAck, Initiator
@@ -254,6 +268,33 @@ async def test_no_role_completes_an_operation_that_is_another_s(guarded: Guarded
                 assert bool((target.tensor == 7).all())
 
 
+async def test_the_end_of_a_worker_is_heard_from_its_own_role_and_from_no_other(guarded: Guarded) -> None:
+    process = identity_of(os.getpid())
+    assert process is not None
+    async with (
+        Bus.open(guarded.config("decode")) as decode,
+        Bus.open(guarded.config("prefill")) as prefill,
+        guarded.client("encode") as encode_client,
+    ):
+        with decode.arena.allocate([64], torch.uint8) as target:
+            operation = await decode.create_writable(target.descriptor, lease_s=20)
+            claim = await prefill.claim(operation.metadata)
+            keys = KeyRing.load(decode.config.key_file)
+            report = encode(process_reaped(keys, prefill.worker_id, process))
+            await encode_client.nats.publish(f"{P}.event.{prefill.worker_id}.reaped", report)
+            await encode_client.settle()
+            await decode._connection.flush(5)
+            assert operation.state is GrantState.CLAIMED
+            shared_key = guarded.files.users["prefill"].shared_key
+            async with Bus.open(guarded.config("prefill"), data_plane=False) as supervisor:
+                assert supervisor.config.key_file == shared_key
+                await supervisor.report_reaped(prefill.worker_id, process)
+            async with asyncio.timeout(10):
+                with pytest.raises(PeerLost):
+                    await operation
+            claim.release()
+
+
 async def test_with_keys_per_instance_a_worker_hears_nothing_of_its_twin(tmp_path: Path) -> None:
     async with guarded_server(tmp_path, keys_per_instance={"encode": 2}) as guarded:
         assert "encode" not in guarded.files.users
@@ -271,6 +312,59 @@ async def test_with_keys_per_instance_a_worker_hears_nothing_of_its_twin(tmp_pat
             assert await client.may_publish(events) == {events[0]}
         async with Bus.open(guarded.config("encode.1"), data_plane=False) as bus:
             assert await bus.services(timeout_s=0.5) == []
+
+
+async def test_durable_work_is_done_with_the_rights_of_its_queue_and_not_with_another_s(tmp_path: Path) -> None:
+    roles = Roles(
+        graph="media",
+        roles={
+            "api": RoleAccess(submits=["transcode"]),
+            "transcoder": RoleAccess(works=["transcode"]),
+            "thief": RoleAccess(works=["other"], submits=["other"]),
+        },
+    )
+    stream, consumer, subject = "NIXLBUS_JOBS", "media_transcode", f"{P}.job.media.transcode"
+    async with (
+        guarded_server(tmp_path, roles=with_people(roles)) as guarded,
+        guarded.client("transcoder") as worker,
+        guarded.client("api") as api,
+        guarded.client("thief") as thief,
+        guarded.client("operator") as operator,
+    ):
+        jetstream = worker.nats.jetstream()
+        await jetstream.add_stream(name=stream, subjects=[f"{P}.job.>"], retention=RetentionPolicy.WORK_QUEUE)
+        await jetstream.add_stream(name="NIXLBUS_DLQ", subjects=[f"{P}.dlq.>"], allow_direct=True)
+        settings = ConsumerConfig(durable_name=consumer, filter_subject=subject, ack_policy=AckPolicy.EXPLICIT)
+        await jetstream.add_consumer(stream, settings)
+        for _ in range(2):
+            await api.nats.jetstream().publish(subject, b"job")
+        pulled = await jetstream.pull_subscribe_bind(consumer, stream)
+        first, second = await pulled.fetch(2, timeout=5)
+        await first.ack_sync()
+        await jetstream.publish(f"{P}.dlq.media.transcode", second.data)
+        await second.term()
+        letter = await operator.nats.jetstream().get_msg("NIXLBUS_DLQ", 1)
+        assert letter.data == b"job"
+        await operator.nats.jetstream().publish(subject, b"again")
+        await operator.nats.jetstream().delete_msg("NIXLBUS_DLQ", 1)
+
+        forbidden = [
+            subject,
+            f"$JS.API.CONSUMER.MSG.NEXT.{stream}.{consumer}",
+            f"$JS.API.CONSUMER.CREATE.{stream}.{consumer}.{subject}",
+            f"$JS.API.CONSUMER.DURABLE.CREATE.{stream}.{consumer}",
+            f"$JS.API.CONSUMER.DELETE.{stream}.{consumer}",
+            f"$JS.API.STREAM.DELETE.{stream}",
+            f"$JS.API.STREAM.UPDATE.{stream}",
+            f"$JS.API.STREAM.PURGE.{stream}",
+            f"$JS.API.STREAM.MSG.GET.{stream}",
+            "$JS.API.STREAM.MSG.DELETE.NIXLBUS_DLQ",
+            f"$JS.ACK.{stream}.{consumer}.1.1.1.1.1",
+            f"{P}.dlq.media.transcode",
+        ]
+        assert await thief.may_publish(forbidden) == set()
+        assert await api.may_publish(forbidden) == {subject}
+        assert await thief.may_subscribe([f"{P}.job.>", f"{P}.dlq.>", "$JS.API.>", "$JS.EVENT.>"]) == set()
 
 
 def test_the_endpoints_of_an_operation_are_those_that_operations_ask() -> None:
