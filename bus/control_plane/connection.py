@@ -192,8 +192,9 @@ class Connection:
         """
         await self.flush(timeout_s)
         await self.flush(timeout_s)
-        if self._denied_subscription:  # the server's refusal came before its answer to the flush
-            raise PermissionDenied("the NATS server denied a subscription", subject=self._denied_subscription)
+        denied, self._denied_subscription = self._denied_subscription, ""
+        if denied:  # the server's refusal came before its answer to the flush
+            raise PermissionDenied("the NATS server denied a subscription", subject=denied)
 
     def statistics(self) -> dict[str, int]:
         """Messages and bytes in and out, and reconnects, since the connection was opened."""

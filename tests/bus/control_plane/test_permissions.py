@@ -174,6 +174,8 @@ async def test_a_role_can_not_serve_another_role_s_stage(guarded: Guarded) -> No
         config = EndpointConfig("decode", bus.subjects.graph("vlm", "decode"), GenerateRequest, queue_group="decode")
         with pytest.raises(PermissionDenied, match=r"graph\.vlm\.decode"):
             await bus.serve(config, lambda request: request)
+        own = EndpointConfig("encode", bus.subjects.graph("vlm", "encode"), GenerateRequest, queue_group="encode")
+        await bus.serve(own, lambda request: request)  # what was denied is told once
 
 
 async def test_a_request_that_is_not_granted_fails_at_once_and_not_at_its_deadline(guarded: Guarded) -> None:
