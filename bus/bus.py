@@ -85,7 +85,7 @@ class Bus:
         grants not even the inbox, `RegistrationError`, and `KeyFileError` where the data plane's key is missing.
         """
         options = connect_options(config)
-        connection = await Connection.open(config.nats_url, config.worker_id, config.connect_timeout_s, options)
+        connection = await Connection.open(config.nats_url, config.worker_id, config.connect_timeout_s, options=options)
         try:
             bus = cls(config, connection)
             try:

@@ -49,7 +49,7 @@ class Connection:
 
     @classmethod
     async def open(
-        cls, url: str, name: str, timeout_s: float, options: Mapping[str, Any] | None = None
+        cls, url: str, name: str, timeout_s: float, *, options: Mapping[str, Any] | None = None
     ) -> "Connection":
         """Connect, retrying for up to `timeout_s`; `options` are the credentials for nats-py's `connect`.
 
