@@ -19,6 +19,8 @@ from bus.control_plane.nats_url import redacted
 from tests.bus.control_plane.guarded_server import guarded_server
 
 PASSWORD = "hunter2swordfish"
+REFUSED = r"Authorization Violation|reset by peer|closed"
+"""What the last try met: the server's word, or the end of the connection, which may come first."""
 
 
 def seed_file(path: Path) -> Path:
@@ -51,7 +53,7 @@ async def test_a_user_and_password_in_the_url_are_used_and_not_shown(locked: Emb
     right = config(nats_url=f"nats://someone:{PASSWORD}@{address}")
     assert await opened(right)
     assert PASSWORD not in repr(right)
-    with pytest.raises(ConnectionLost, match="Authorization Violation") as caught:
+    with pytest.raises(ConnectionLost, match=REFUSED) as caught:
         await opened(config(nats_url=f"nats://someone:{PASSWORD}x@{address}"))
     assert PASSWORD not in "".join(traceback.format_exception(caught.value))
 
@@ -60,7 +62,7 @@ async def test_nothing_that_a_wrong_seed_meets_shows_it(tmp_path: Path, caplog: 
     caplog.set_level("DEBUG")
     async with guarded_server(tmp_path) as guarded:
         stranger = seed_file(tmp_path / "stranger")
-        with pytest.raises(ConnectionLost, match="Authorization Violation") as caught:
+        with pytest.raises(ConnectionLost, match=REFUSED) as caught:
             await opened(config(nats_url=guarded.url, nats_nkey=str(stranger)))
         secret = stranger.read_text()
         assert secret not in "".join(traceback.format_exception(caught.value))
