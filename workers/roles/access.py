@@ -1,7 +1,7 @@
 """What each role of the `vlm` graph does on the bus: what `nixlbus nats-conf` grants, and nothing more.
 
-In: nothing. Out: `vlm_roles`, as data, so that a deployment's init step imports neither torch nor a model. A test holds
-`serves` against what the roles' classes declare; the whole graph answers under a server that is configured by it.
+In: nothing. Out: `vlm_roles`, as data, so that a deployment's init step imports neither torch nor a model. A test
+holds `serves` against what the roles serve; the whole graph answers under a server that is configured by it.
 """
 
 from bus import RoleAccess, Roles, with_people
