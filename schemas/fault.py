@@ -66,6 +66,7 @@ HTTP_STATUS = MappingProxyType(
         FaultCode.PAYLOAD_TOO_LARGE: 413,
         FaultCode.PERMISSION_DENIED: 403,
         FaultCode.POOL_EXHAUSTED: 503,
+        FaultCode.PEER_LOST: 503,
     }
 )
 """Fault code to HTTP status, which is also the number in `Nats-Service-Error-Code`. Others are 500."""

@@ -9,7 +9,7 @@ Source of the backoff: "full jitter" (AWS Architecture Blog, Exponential Backoff
 import random
 from dataclasses import dataclass
 
-from bus.errors import BusError, ConnectionLost, NoResponders, RemoteFault
+from bus.errors import BusError, ConnectionLost, NoResponders, PeerLost, RemoteFault
 from schemas.fault import FaultCode
 
 NOT_TAKEN = frozenset({FaultCode.OVERLOADED, FaultCode.DRAINING, FaultCode.POOL_EXHAUSTED})
@@ -44,7 +44,7 @@ class RetryPolicy:
         if isinstance(error, RemoteFault):
             was_taken = bool(error.fault.hops) or error.fault.code not in NOT_TAKEN
             return error.fault.retryable and (self.idempotent or not was_taken)
-        return isinstance(error, NoResponders) or (self.idempotent and isinstance(error, ConnectionLost))
+        return isinstance(error, NoResponders) or (self.idempotent and isinstance(error, (ConnectionLost, PeerLost)))
 
 
 ONCE = RetryPolicy(attempts=1)

@@ -13,7 +13,7 @@ import msgpack
 import pytest
 from nats.aio.client import Client
 
-from bus import Bus, BusConfig, DeadlineExceeded, EmbeddedServer, EndpointConfig, Frame, RemoteFault
+from bus import Bus, BusConfig, DeadlineExceeded, EmbeddedServer, EndpointConfig, Frame, PeerLost, RemoteFault
 from bus.control_plane.endpoint import PROBE_INTERVAL_S, Endpoint
 from schemas.message import Message
 from schemas.subjects import Subject
@@ -66,7 +66,7 @@ async def serve(bus: Bus, name: str, handler: object, **fields: object) -> Endpo
 
 async def soon(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(SOON_S):
-        while not condition():
+        while not condition():  # noqa: ASYNC110
             await asyncio.sleep(0.005)
 
 
@@ -86,7 +86,7 @@ async def test_a_cancelled_request_ends_its_handler_and_leaves_nothing(bus: Bus,
     await soon(lambda: endpoint.stats.num_active == 0)
     assert endpoint.stats.num_cancelled == 1
     assert not endpoint._by_request_id
-    assert caller.stats()["requests_in_flight"] == bus.stats()["requests_in_flight"] == 0
+    assert len(caller._inbox._waiters) == len(bus._inbox._waiters) == 0
     held.release.set()
     assert await caller.request(subject("held"), Ask(text="next"), Told, timeout_s=5) == Told(text="next")
 
@@ -147,7 +147,7 @@ async def test_a_stream_that_is_closed_early_ends_its_handler(bus: Bus, caller: 
                 break
     await asyncio.wait_for(ended.wait(), SOON_S)
     await soon(lambda: endpoint.stats.num_active == 0)
-    await soon(lambda: bus.stats()["requests_in_flight"] == 0)
+    await soon(lambda: not bus._inbox._waiters)
     assert (endpoint.stats.num_cancelled, caller.stats()["requests_in_flight"]) == (1, 0)
 
 
@@ -259,7 +259,7 @@ async def test_a_killed_client_s_work_ends_within_seconds(bus: Bus, server: Embe
         client.wait()
     await soon(lambda: all(endpoint.stats.num_active == 0 for endpoint in endpoints))
     assert [endpoint.stats.num_cancelled for endpoint in endpoints] == [1, 1]
-    assert bus.stats()["requests_in_flight"] == 0
+    assert not bus._inbox._waiters
 
 
 CLIENT = textwrap.dedent("""
@@ -285,6 +285,74 @@ CLIENT = textwrap.dedent("""
         async with Bus.open(BusConfig(worker_id="doomed", nats_url=sys.argv[1]), data_plane=False) as bus:
             request = bus.request(Subject("cancellation.killed", ""), Ask(), Told, timeout_s=60)
             await asyncio.gather(request, read(bus))
+
+    asyncio.run(main())
+""")
+
+
+async def test_a_killed_worker_is_told_of_within_seconds(caller: Bus, server: EmbeddedServer) -> None:
+    worker = subprocess.Popen([sys.executable, "-c", WORKER, server.url], stdout=subprocess.PIPE)  # noqa: ASYNC220
+    try:
+        assert worker.stdout is not None
+        assert await asyncio.to_thread(worker.stdout.readline) == b"ready\n"
+        frames = caller.stream(subject("doomed-stream"), Ask(), Counted, timeout_s=LONG_S)
+        assert await anext(frames) == Counted(seq=0)
+        asked = [asyncio.ensure_future(anext(frames))]
+        for _ in range(2):  # one works, one waits for its slot
+            asked.append(asyncio.ensure_future(caller.request(subject("doomed"), Ask(), Told, timeout_s=LONG_S)))  # type: ignore[arg-type]
+        await asyncio.sleep(1.5)  # callers that look for it find it
+        assert not any(each.done() for each in asked)
+        worker.kill()
+        started_s = time.monotonic()
+        outcomes = await asyncio.gather(*asked, return_exceptions=True)
+        assert time.monotonic() - started_s < 5
+        assert [type(outcome) for outcome in outcomes] == [PeerLost] * 3
+        await soon(lambda: not caller._inbox._waiters)
+    finally:
+        worker.kill()
+        worker.wait()
+        if worker.stdout:
+            worker.stdout.close()
+
+
+async def test_a_request_that_is_looked_for_all_along_gets_its_answer(bus: Bus, caller: Bus) -> None:
+    held = Held()
+    await serve(bus, "long", held, concurrency=1)
+    asked = [
+        asyncio.create_task(caller.request(subject("long"), Ask(text=str(n)), Told, timeout_s=LONG_S)) for n in (0, 1)
+    ]
+    await asyncio.sleep(2.6 * PROBE_INTERVAL_S)
+    held.release.set()
+    assert [reply.text for reply in await asyncio.gather(*asked)] == ["0", "1"]
+    assert len(caller._inbox._waiters) == len(bus._inbox._waiters) == 0
+
+
+WORKER = textwrap.dedent("""
+    import asyncio, sys
+    from bus import Bus, BusConfig, EndpointConfig, Frame
+    from schemas.message import Message
+    from schemas.subjects import Subject
+
+    class Ask(Message, frozen=True, kw_only=True, tag="cancellation.ask"):
+        text: str = ""
+
+    class Counted(Frame, frozen=True, kw_only=True, tag="cancellation.counted"):
+        number: int = 0
+
+    async def stream(request: Ask):
+        yield Counted()
+        await asyncio.sleep(60)
+
+    async def unary(request: Ask):
+        await asyncio.sleep(60)
+
+    async def main():
+        async with Bus.open(BusConfig(worker_id="doomed", nats_url=sys.argv[1]), data_plane=False) as bus:
+            for name, handler in (("doomed", unary), ("doomed-stream", stream)):
+                subject = Subject(f"cancellation.{name}", "")
+                await bus.serve(EndpointConfig(name, subject, Ask, concurrency=1), handler)
+            print("ready", flush=True)
+            await asyncio.sleep(60)
 
     asyncio.run(main())
 """)
