@@ -231,9 +231,7 @@ class Inbox:
         self._workers = {token: worker for token, worker in self._workers.items() if token in self._waiters}
         for token, worker in self._workers.items():
             with suppress(BusError):
-                self._connection.publish_now(
-                    worker.link_subject, b"", reply=f"{self._prefix}.{token}", headers=PROBE
-                )
+                self._connection.publish_now(worker.link_subject, b"", reply=f"{self._prefix}.{token}", headers=PROBE)
         if self._workers:
             self._look_later()
 

@@ -27,9 +27,7 @@ class RetryPolicy:
     idempotent: bool = False
     """Whether the request may be carried out twice: then every error that calls itself retryable is retried."""
 
-    def pause_s(
-        self, error: BusError, attempt: int, remaining_s: float, *, elsewhere: bool = False
-    ) -> float | None:
+    def pause_s(self, error: BusError, attempt: int, remaining_s: float, *, elsewhere: bool = False) -> float | None:
         """Seconds to wait after the failed `attempt` (from 1), or None to raise `error`.
 
         `elsewhere`: the next attempt avoids who refused, so that the time after which to come back isn't waited for.

@@ -16,13 +16,15 @@ import pytest
 from bus import Bus, BusConfig, BusError, embedded_server, write_key_file
 from bus.control_plane.retry import THRICE
 from schemas.generate import GenerateChunk, GenerateDone, GenerateRequest
+from tests.bus.control_plane.waiting import until
 from tests.graph_fixture import image_turn, post, sample, user
 from workers.launcher import WorkerProcess, fork_server
 from workers.process import WorkerSpec
 from workers.roles import GRAPH_ROLES
 from workers.settings import Settings
 
-PROMPTLY_S = 6.0
+TOLD_WITHIN_S = 15.0
+"""Of a killed worker and all who wait for it, where ten workers share two cores; and of the others' work."""
 DIGITS = (0, 3, 4, 7)
 
 
@@ -150,9 +152,7 @@ async def test_every_worker_is_restarted_under_load_and_no_request_fails(tmp_pat
                         load.resting.add(worker.detail)
                         _, status = await asyncio.gather(running.start(role), running.stop(worker))
                         assert status == 0
-                        async with asyncio.timeout(30):
-                            while load.num_answers == before:
-                                await asyncio.sleep(0.02)
+                        await until(lambda before=before: load.num_answers > before, 30)  # type: ignore[misc]
             assert load.errors == []
             assert load.num_answers > 20
             assert load.num_http_answers > 5
@@ -163,15 +163,13 @@ async def test_every_worker_is_restarted_under_load_and_no_request_fails(tmp_pat
 async def kill_one_at_work(bus: Bus, running: Fleet, role: str) -> None:
     """Kill one of two while both are busy: each request is answered or told, soon; what comes after is answered."""
     expected = await answer_to(bus, "hello", max_tokens=400, ignore_eos=True)
-    asked = [
-        asyncio.create_task(answer_to(bus, "hello", max_tokens=400, ignore_eos=True)) for _ in range(12)
-    ]
+    asked = [asyncio.create_task(answer_to(bus, "hello", max_tokens=400, ignore_eos=True)) for _ in range(12)]
     await asyncio.sleep(0.6)
     victim = running.workers[role][0]
     running.kill(victim)
     started_s = time.monotonic()
     outcomes = await asyncio.gather(*asked, return_exceptions=True)
-    assert time.monotonic() - started_s < 25, outcomes
+    assert time.monotonic() - started_s < TOLD_WITHIN_S, outcomes
     assert {outcome for outcome in outcomes if isinstance(outcome, str)} <= {expected}
     assert all(isinstance(outcome, (str, BusError)) for outcome in outcomes), outcomes
     await victim.stopped()

@@ -17,8 +17,8 @@ from bus import Bus, BusConfig, DeadlineExceeded, EmbeddedServer, EndpointConfig
 from bus.control_plane.endpoint import PROBE_INTERVAL_S, Endpoint
 from schemas.message import Message
 from schemas.subjects import Subject
+from tests.bus.control_plane.waiting import SOON_S, until
 
-SOON_S = 3.0
 LONG_S = 30.0
 
 
@@ -64,12 +64,6 @@ async def serve(bus: Bus, name: str, handler: object, **fields: object) -> Endpo
     return bus._endpoints[-1]
 
 
-async def soon(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(SOON_S):
-        while not condition():  # noqa: ASYNC110
-            await asyncio.sleep(0.005)
-
-
 async def cancelled(task: "asyncio.Task[object]") -> None:
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -83,7 +77,7 @@ async def test_a_cancelled_request_ends_its_handler_and_leaves_nothing(bus: Bus,
     await asyncio.wait_for(held.begun.wait(), SOON_S)
     await cancelled(request)
     await asyncio.wait_for(held.ended.wait(), SOON_S)
-    await soon(lambda: endpoint.stats.num_active == 0)
+    await until(lambda: endpoint.stats.num_active == 0)
     assert endpoint.stats.num_cancelled == 1
     assert not endpoint._by_request_id
     assert len(caller._inbox._waiters) == len(bus._inbox._waiters) == 0
@@ -115,7 +109,7 @@ async def test_a_cancellation_travels_down_three_hops(bus: Bus, caller: Bus, ser
         await asyncio.wait_for(last.begun.wait(), SOON_S)
         await cancelled(request)
         await asyncio.wait_for(last.ended.wait(), SOON_S)
-        await soon(lambda: all(endpoint.stats.num_active == 0 for endpoint in endpoints))
+        await until(lambda: all(endpoint.stats.num_active == 0 for endpoint in endpoints))
         assert ended == ["first", "second"]
         assert [endpoint.stats.num_cancelled for endpoint in endpoints] == [1, 1, 1]
         assert [each.stats()["requests_in_flight"] for each in (caller, bus, second)] == [0, 0, 0]
@@ -146,8 +140,8 @@ async def test_a_stream_that_is_closed_early_ends_its_handler(bus: Bus, caller: 
             if frame.number == 10:
                 break
     await asyncio.wait_for(ended.wait(), SOON_S)
-    await soon(lambda: endpoint.stats.num_active == 0)
-    await soon(lambda: not bus._inbox._waiters)
+    await until(lambda: endpoint.stats.num_active == 0)
+    await until(lambda: not bus._inbox._waiters)
     assert (endpoint.stats.num_cancelled, caller.stats()["requests_in_flight"]) == (1, 0)
 
 
@@ -183,9 +177,9 @@ async def test_a_request_that_is_cancelled_in_the_queue_never_begins(bus: Bus, c
     second: asyncio.Task[object] = asyncio.create_task(
         caller.request(subject("queued"), Ask(text="2"), Told, timeout_s=LONG_S)
     )
-    await soon(lambda: len(endpoint._waiting) == 1)
+    await until(lambda: len(endpoint._waiting) == 1)
     await cancelled(second)
-    await soon(lambda: not endpoint._waiting)
+    await until(lambda: not endpoint._waiting)
     held.release.set()
     assert await first == Told(text="1")
     assert (held.num_begun, endpoint.stats.num_cancelled, endpoint._by_request_id) == (1, 1, {})
@@ -199,8 +193,8 @@ async def test_a_cancellation_that_comes_before_the_task_began_is_not_lost(bus: 
         await raw.publish("cancellation.at-once", msgpack.packb({"type": "cancellation.ask"}), "x.y", headers)
         await raw.publish(bus.subjects.cancel("f00").name, b"")
     await raw.flush()
-    await soon(lambda: endpoint.stats.num_cancelled == 50)
-    await soon(lambda: endpoint.stats.num_active == 0)
+    await until(lambda: endpoint.stats.num_cancelled == 50)
+    await until(lambda: endpoint.stats.num_active == 0)
     assert not endpoint._by_request_id
 
 
@@ -257,7 +251,7 @@ async def test_a_killed_client_s_work_ends_within_seconds(bus: Bus, server: Embe
     finally:
         client.kill()
         client.wait()
-    await soon(lambda: all(endpoint.stats.num_active == 0 for endpoint in endpoints))
+    await until(lambda: all(endpoint.stats.num_active == 0 for endpoint in endpoints))
     assert [endpoint.stats.num_cancelled for endpoint in endpoints] == [1, 1]
     assert not bus._inbox._waiters
 
@@ -298,8 +292,8 @@ async def test_a_killed_worker_is_told_of_within_seconds(caller: Bus, server: Em
         frames = caller.stream(subject("doomed-stream"), Ask(), Counted, timeout_s=LONG_S)
         assert await anext(frames) == Counted(seq=0)
         asked = [asyncio.ensure_future(anext(frames))]
-        for _ in range(2):  # one works, one waits for its slot
-            asked.append(asyncio.ensure_future(caller.request(subject("doomed"), Ask(), Told, timeout_s=LONG_S)))  # type: ignore[arg-type]
+        waits = [caller.request(subject("doomed"), Ask(), Told, timeout_s=LONG_S) for _ in range(2)]
+        asked += [asyncio.ensure_future(each) for each in waits]  # one works, one waits for its slot
         await asyncio.sleep(1.5)  # callers that look for it find it
         assert not any(each.done() for each in asked)
         worker.kill()
@@ -307,7 +301,7 @@ async def test_a_killed_worker_is_told_of_within_seconds(caller: Bus, server: Em
         outcomes = await asyncio.gather(*asked, return_exceptions=True)
         assert time.monotonic() - started_s < 5
         assert [type(outcome) for outcome in outcomes] == [PeerLost] * 3
-        await soon(lambda: not caller._inbox._waiters)
+        await until(lambda: not caller._inbox._waiters)
     finally:
         worker.kill()
         worker.wait()
@@ -386,13 +380,13 @@ async def test_a_plain_client_is_never_probed(bus: Bus, raw: Client) -> None:
 async def test_a_deadline_ends_the_handler_and_tells_a_caller_who_still_listens(bus: Bus, raw: Client) -> None:
     held = Held()
     endpoint = await serve(bus, "late", held)
-    headers = {"Nixlbus-Protocol": "2", "Nixlbus-Ttl-Ms": "300", "Nixlbus-Request-Id": "f02"}
+    headers = {"Nixlbus-Protocol": "2", "Nixlbus-Ttl-Ms": "300"}
     payload = msgpack.packb({"type": "cancellation.ask"})
     reply = await raw.request("cancellation.late", payload, timeout=SOON_S, headers=headers)
     fault = msgpack.unpackb(reply.data)
     assert (fault["type"], fault["code"]) == ("fault", "deadline_exceeded")
     assert held.ended.is_set()
-    await soon(lambda: endpoint.stats.num_active == 0)
+    await until(lambda: endpoint.stats.num_active == 0)
     assert endpoint.stats.num_cancelled == 0
 
 
@@ -422,7 +416,7 @@ async def test_a_handler_that_outlives_its_deadline_answers_nobody(bus: Bus, cal
     endpoint = await serve(bus, "stubborn", stubborn)
     with pytest.raises((DeadlineExceeded, RemoteFault)):
         await caller.request(subject("stubborn"), Ask(), Told, timeout_s=0.2)
-    await soon(lambda: endpoint.stats.num_active == 0)
+    await until(lambda: endpoint.stats.num_active == 0)
     assert caller.stats()["requests_in_flight"] == 0
 
 

@@ -5,7 +5,7 @@ import contextlib
 import json
 import signal
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -22,8 +22,8 @@ from bus.control_plane.connection import Connection
 from schemas.message import Message
 from schemas.subjects import Subject
 from tests.bus.control_plane.nats_process import nats_process
+from tests.bus.control_plane.waiting import SOON_S, until
 
-SOON_S = 3.0
 LONG_S = 20.0
 HEADERS = {"Nixlbus-Protocol": "2"}
 
@@ -45,12 +45,6 @@ def subject(name: str) -> Subject:
 
 async def serve(bus: Bus, name: str, handler: object, **fields: object) -> None:
     await bus.serve(EndpointConfig(name, subject(name), Ask, **fields), handler)  # type: ignore[arg-type]
-
-
-async def soon(condition: Callable[[], bool], timeout_s: float = SOON_S) -> None:
-    async with asyncio.timeout(timeout_s):
-        while not condition():
-            await asyncio.sleep(0.005)
 
 
 @asynccontextmanager
@@ -114,7 +108,7 @@ async def test_a_slow_consumer_drops_nothing_silently(bus: Bus, raw: Client, ser
         for _ in range(100):
             await raw.publish("traps.bare.dropped", b"", reply="nobody.hears")
         await raw.flush()
-        await soon(lambda: len(dropped) >= 80)
+        await until(lambda: len(dropped) >= 80)
         assert isinstance(dropped[0], nats.errors.SlowConsumerError)
         release.set()
         await asyncio.sleep(0.05)
@@ -135,9 +129,9 @@ async def test_a_slow_consumer_drops_nothing_silently(bus: Bus, raw: Client, ser
     await raw.subscribe(own, cb=take)
     for _ in range(100):
         await raw.publish("traps.dropped", ASK, reply=own, headers=HEADERS)
-    await soon(lambda: len(answers) == 90)
+    await until(lambda: len(answers) == 90)
     release.set()
-    await soon(lambda: len(answers) == 100)
+    await until(lambda: len(answers) == 100)
     assert [answer.get("code", "served") for answer in answers] == ["overloaded"] * 90 + ["served"] * 10
 
 
@@ -154,8 +148,8 @@ async def test_a_handler_that_blocks_the_loop_costs_a_connection_and_not_the_wor
             await serve(bus, "echo", echo)
             with contextlib.suppress(BusError):
                 await bus.request(subject("block"), Ask(), Told, timeout_s=LONG_S)
-            await soon(lambda: bus.stats()["nats_reconnects"] + bus.stats()["nats_rebuilt"] > 0, 8)
-            await soon(lambda: bus.is_ready, 8)
+            await until(lambda: bus.stats()["nats_reconnects"] + bus.stats()["nats_rebuilt"] > 0, 8)
+            await until(lambda: bus.is_ready, 8)
             assert await bus.request(subject("echo"), Ask(number=1), Told, timeout_s=SOON_S) == Told(number=1)
 
 
@@ -243,7 +237,7 @@ async def test_a_cancellation_that_escapes_a_handler_does_not_end_its_subscripti
     await bus.subscribe(subject("cancelled"), Ask, on_event)
     for number in range(6):
         await caller.publish(subject("cancelled"), Ask(number=number))
-    await soon(lambda: events == list(range(6)))
+    await until(lambda: events == list(range(6)))
 
     def callback(message: object) -> None:
         events.append(-1)
@@ -253,7 +247,7 @@ async def test_a_cancellation_that_escapes_a_handler_does_not_end_its_subscripti
     await bus._connection.confirm_subscriptions(SOON_S)
     for _ in range(2):
         await raw.publish("traps.read.loop", b"")
-    await soon(lambda: events[-2:] == [-1, -1])
+    await until(lambda: events[-2:] == [-1, -1])
     assert bus.is_ready
 
 
@@ -303,7 +297,7 @@ async def test_draining_waits_for_work_that_runs_in_tasks(raw: Client, server: E
     await client.flush()
     await raw.publish("traps.bare.task", b"")
     await raw.flush()
-    await soon(lambda: bool(tasks))
+    await until(lambda: bool(tasks))
     await client.drain()
     assert finished == []  # nats-py doesn't know of it
     await asyncio.gather(*tasks)
@@ -369,15 +363,16 @@ async def scripted_server() -> AsyncIterator[ScriptedServer]:
 
 
 @pytest.mark.parametrize(
-    "error", ["User Authentication Expired", "User Authentication Revoked", "Account Authentication Expired", "Nonsense"]
+    "error",
+    ["User Authentication Expired", "User Authentication Revoked", "Account Authentication Expired", "Nonsense"],
 )
 async def test_an_error_of_the_server_leads_to_a_new_connection_and_not_to_the_end(error: str) -> None:
     async with scripted_server() as scripted:
         client = Client()
-        await client.connect(scripted.url, reconnect_time_wait=0.05)
+        await client.connect(scripted.url, reconnect_time_wait=0)
         scripted.say(f"-ERR '{error}'")
         scripted.hang_up()
-        await soon(lambda: client.is_closed)
+        await until(lambda: client.is_closed)
         assert scripted.num_connections == 1  # closed for good
         connection = await Connection.open(scripted.url, "expired", SOON_S)
         lost: list[BusError] = []
@@ -385,8 +380,8 @@ async def test_an_error_of_the_server_leads_to_a_new_connection_and_not_to_the_e
         for times in (1, 2):
             scripted.say(f"-ERR '{error}'")
             scripted.hang_up()
-            await soon(lambda times=times: len(lost) >= times)  # type: ignore[misc]
-            await soon(lambda times=times: scripted.num_connections == 2 + times and connection.is_connected)  # type: ignore[misc]
+            await until(lambda times=times: len(lost) >= times)  # type: ignore[misc]
+            await until(lambda times=times: scripted.num_connections == 2 + times and connection.is_connected)  # type: ignore[misc]
         assert error.lower() in str(lost[0]).lower()
         await connection.close()
 
@@ -418,7 +413,9 @@ async def test_the_answer_to_a_flush_that_was_given_up_ends_nothing() -> None:
         with pytest.raises(nats.errors.FlushTimeoutError):
             await client.flush(timeout=0.1)  # type: ignore[arg-type]
         scripted.say("PONG")
-        await soon(lambda: bool(client._reading_task and client._reading_task.done()))  # deaf, and calls itself connected
+        await until(
+            lambda: bool(client._reading_task and client._reading_task.done())
+        )  # deaf, and calls itself connected
         assert client.is_connected
         await client.close()
 
@@ -434,9 +431,9 @@ async def test_a_jetstream_consumer_pulls_through_the_same_connection(tmp_path: 
         with pytest.raises(nats.errors.TimeoutError):
             await pulled.fetch(1, timeout=0.1)
         server.kill()
-        await soon(lambda: not connection.is_connected)
+        await until(lambda: not connection.is_connected)
         server.start()
-        await soon(lambda: connection.is_connected, 8)
+        await until(lambda: connection.is_connected, 8)
         async with asyncio.timeout(8):
             while True:
                 with contextlib.suppress(Exception):
@@ -449,15 +446,13 @@ async def test_a_jetstream_consumer_pulls_through_the_same_connection(tmp_path: 
 
 async def test_headers_count_against_the_server_s_limit(raw: Client, server: EmbeddedServer, caller: Bus) -> None:
     client = Client()
-    await client.connect(server.url, reconnect_time_wait=0.05)
+    await client.connect(server.url, reconnect_time_wait=0)
     await client.publish("traps.large", b"x" * client.max_payload, headers={"A": "b"})
     with contextlib.suppress(Exception):
         await client.flush(timeout=1)
-    await soon(lambda: client.is_closed)  # for good
+    await until(lambda: client.is_closed)  # for good
     with pytest.raises(PayloadTooLarge):
-        await caller._connection.publish(
-            "traps.large", b"x" * caller._connection.max_payload_bytes, headers={"A": "b"}
-        )
+        await caller._connection.publish("traps.large", b"x" * caller._connection.max_payload_bytes, headers={"A": "b"})
     await caller._connection.flush(SOON_S)
     assert caller.stats()["nats_reconnects"] == 0
 
@@ -468,10 +463,15 @@ async def test_a_payload_that_the_server_refuses_all_the_same_leads_to_a_new_con
         limit = connection.max_payload_bytes
         connection._client._max_payload = 2 * limit  # as if the server's limit had been lowered since
         connection.publish_now("traps.refused", b"x" * (limit + 1))
-        await soon(lambda: connection.statistics()["reconnects"] + connection.statistics()["rebuilt"] > 0, 8)
-        await soon(lambda: connection.is_connected, 8)
+        await until(lambda: connection.statistics()["reconnects"] + connection.statistics()["rebuilt"] > 0, 8)
+        await until(lambda: connection.is_connected, 8)
         await connection.flush(SOON_S)
         await connection.close()
+
+
+async def publish_for_ever(connection: Connection) -> None:
+    while True:
+        await connection.publish("traps.burst", b"x" * 500_000)
 
 
 async def test_publishing_to_a_server_that_reads_nothing_ends(tmp_path: Path) -> None:
@@ -480,12 +480,10 @@ async def test_publishing_to_a_server_that_reads_nothing_ends(tmp_path: Path) ->
         server.signal(signal.SIGSTOP)
         try:
             with pytest.raises(ConnectionLost):
-                async with asyncio.timeout(10):
-                    while True:
-                        await connection.publish("traps.burst", b"x" * 500_000)
+                await asyncio.wait_for(publish_for_ever(connection), 10)
         finally:
             server.signal(signal.SIGCONT)
-        await soon(lambda: connection.is_connected, 10)
+        await until(lambda: connection.is_connected, 10)
         await connection.flush(SOON_S)
         await connection.close()
 
