@@ -40,8 +40,9 @@ from schemas.subjects import InvalidIdentifier, Subject, may_be_answered
 Handler = Callable[[Any], Awaitable[Message | None] | AsyncGenerator[Message, None]]
 MAX_TTL_S = 3600.0
 MAX_WINDOW_FRAMES = 65_536
-PROBE_AFTER_S = 0.25
-"""When a request takes so long that its caller is looked for, and told where to look for us."""
+PROBE_AFTER_S = 0.05
+"""When a request takes so long that its caller is looked for, and told where to look for us: a message more is little
+then. A worker that is killed before is missed by nothing but the caller's deadline."""
 PROBE_INTERVAL_S = 1.0
 """How often then."""
 _MIN_RETRY_AFTER_MS = 5
