@@ -12,6 +12,7 @@ from contextlib import aclosing
 import msgpack
 import pytest
 from nats.aio.client import Client
+from nats.aio.msg import Msg
 
 from bus import Bus, BusConfig, DeadlineExceeded, EmbeddedServer, EndpointConfig, Frame, PeerLost, RemoteFault
 from bus.control_plane.endpoint import PROBE_INTERVAL_S, Endpoint
@@ -124,8 +125,14 @@ async def test_the_timeout_of_a_caller_s_own_cancels_the_work(bus: Bus, caller: 
     await asyncio.wait_for(held.ended.wait(), SOON_S)
 
 
-async def test_a_stream_that_is_closed_early_ends_its_handler(bus: Bus, caller: Bus) -> None:
-    ended = asyncio.Event()
+async def test_a_stream_that_is_closed_early_ends_its_handler(bus: Bus, caller: Bus, raw: Client) -> None:
+    ended, told = asyncio.Event(), asyncio.Event()
+
+    async def hear(message: Msg) -> None:
+        told.set()
+
+    await raw.subscribe(caller.subjects.cancellations().name, cb=hear)
+    await raw.flush()
 
     async def count(request: Ask) -> AsyncGenerator[Counted, None]:
         try:
@@ -140,6 +147,7 @@ async def test_a_stream_that_is_closed_early_ends_its_handler(bus: Bus, caller: 
             if frame.number == 10:
                 break
     await asyncio.wait_for(ended.wait(), SOON_S)
+    await asyncio.wait_for(told.wait(), SOON_S)  # and the worker needn't have missed its reader first
     await until(lambda: endpoint.stats.num_active == 0)
     await until(lambda: not bus._inbox._waiters)
     assert (endpoint.stats.num_cancelled, caller.stats()["requests_in_flight"]) == (1, 0)
