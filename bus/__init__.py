@@ -28,14 +28,19 @@ from bus.errors import (
     ConnectionLost,
     ControlPlaneError,
     DataPlaneError,
+    DeadLetterNotFound,
     DeadlineExceeded,
     Draining,
+    DurableWorkUnavailable,
     ForeignGrant,
     IncompatiblePeer,
     IncompleteOperation,
     InvalidDescriptor,
+    JobTakenOver,
     LeaseExpired,
     LocalProtocolError,
+    MediaMismatch,
+    MediaNotFound,
     NoResponders,
     NotContiguous,
     Overloaded,
@@ -57,10 +62,17 @@ from bus.errors import (
 )
 from bus.handshake.authentication import KeyFileError, write_key_file
 from bus.handshake.process_identity import identity_of
+from bus.jobs.consumer import JobConsumer, JobHandler
+from bus.jobs.current import CurrentJob, current_job
+from bus.jobs.dead_letters import DeadLetter, DeadLetters
+from bus.jobs.media import MediaStore
+from bus.jobs.queue import JobQueueConfig, JobReceipt
+from bus.jobs.verdict import JobExpired
 from bus.operations.claim import Claim, PendingClaim
 from bus.operations.initiator import OperationReport, ReadOperation, WriteOperation
 from bus.operations.lifecycle import GrantState
 from bus.operations.target import OperationStatus, PeerOutcome, ReadableOperation, WritableOperation
+from schemas.media import MediaReference
 from schemas.operations import CompletionAck, Initiator, ProcessIdentity, RdmaMetadata
 
 __all__ = [
@@ -78,13 +90,18 @@ __all__ = [
     "ConfigError",
     "ConnectionLost",
     "ControlPlaneError",
+    "CurrentJob",
     "DataPlaneError",
+    "DeadLetter",
+    "DeadLetterNotFound",
+    "DeadLetters",
     "Deadline",
     "DeadlineExceeded",
     "Descriptor",
     "Device",
     "DeviceKind",
     "Draining",
+    "DurableWorkUnavailable",
     "EmbeddedServer",
     "EndpointConfig",
     "ForeignGrant",
@@ -94,11 +111,21 @@ __all__ = [
     "IncompleteOperation",
     "Initiator",
     "InvalidDescriptor",
+    "JobConsumer",
+    "JobExpired",
+    "JobHandler",
+    "JobQueueConfig",
+    "JobReceipt",
+    "JobTakenOver",
     "KeyFileError",
     "KvBlocks",
     "LeaseExpired",
     "LocalMemory",
     "LocalProtocolError",
+    "MediaMismatch",
+    "MediaNotFound",
+    "MediaReference",
+    "MediaStore",
     "NoResponders",
     "NotContiguous",
     "OperationReport",
@@ -130,6 +157,7 @@ __all__ = [
     "WrongLayout",
     "WrongLength",
     "WrongPairing",
+    "current_job",
     "embedded_server",
     "fault_of",
     "identity_of",

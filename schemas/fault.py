@@ -38,6 +38,8 @@ class FaultCode(StrEnum):
     POOL_EXHAUSTED = "pool_exhausted"
     TRANSFER_FAILED = "transfer_failed"
     PEER_LOST = "peer_lost"
+    DURABLE_WORK_UNAVAILABLE = "durable_work_unavailable"
+    DELIVERIES_EXHAUSTED = "deliveries_exhausted"
     CANCELLED = "cancelled"
     INTERNAL = "internal"
 
@@ -63,6 +65,7 @@ HTTP_STATUS = MappingProxyType(
         FaultCode.PAYLOAD_TOO_LARGE: 413,
         FaultCode.PERMISSION_DENIED: 403,
         FaultCode.POOL_EXHAUSTED: 503,
+        FaultCode.DURABLE_WORK_UNAVAILABLE: 503,
     }
 )
 """Fault code to HTTP status, which is also the number in `Nats-Service-Error-Code`. Others are 500."""

@@ -74,6 +74,16 @@ class Subjects:
         event = identifier("event", kind)
         return self._subject(f"event.*.{event}", f"event.{{worker_id}}.{event}")
 
+    def job(self, graph: str, queue: str) -> Subject:
+        """A queue of durable jobs, kept in a JetStream stream: its workers share one durable consumer."""
+        template = f"job.{identifier('graph', graph)}.{identifier('queue', queue)}"
+        return self._subject(template, template)
+
+    def dlq(self, graph: str, queue: str) -> Subject:
+        """The dead letters of a queue of durable jobs, kept in a JetStream stream."""
+        template = f"dlq.{identifier('graph', graph)}.{identifier('queue', queue)}"
+        return self._subject(template, template)
+
     def _subject(self, name: str, template: str) -> Subject:
         return Subject(f"{self.prefix}.{SUBJECT_VERSION}.{name}", template)
 
