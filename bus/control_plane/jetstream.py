@@ -16,10 +16,12 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+import msgspec
+
 from bus.control_plane.connection import Connection, Msg
 from bus.control_plane.inbox import Inbox
 from bus.deadline import Deadline
-from bus.errors import ControlPlaneError, DurableWorkUnavailable, NoResponders
+from bus.errors import DurableWorkUnavailable, NoResponders
 from schemas.subjects import Subject
 
 API_TIMEOUT_S = 5.0
@@ -109,11 +111,13 @@ class JetStream:
             reply = await self._request(subject, payload, headers, timeout_s)
         except NoResponders:
             raise NoStream("no JetStream stream takes this subject", remedy=_ENABLE, subject=subject) from None
-        answer = _answer(reply, subject)
         try:
-            return Stored(answer["stream"], answer["seq"], answer.get("duplicate", False))
-        except KeyError:
+            confirmed = _CONFIRMATION.decode(reply.data)
+        except msgspec.MsgspecError:
             raise JetStreamError("the answer to a publish is not JetStream's", subject=subject) from None
+        if confirmed.error:
+            raise _refusal(confirmed.error, subject)
+        return Stored(confirmed.stream, confirmed.seq, confirmed.duplicate)
 
     async def confirm(self, subject: str, payload: bytes, timeout_s: float) -> None:
         """Send an ack and wait until the server has taken it."""
@@ -183,9 +187,16 @@ _DIRECT_HEADERS = frozenset(
 )
 
 
-def is_off(error: ControlPlaneError) -> bool:
-    """Whether an error says that there is no JetStream at all, so that nothing needs to be tried again."""
-    return isinstance(error, JetStreamError) and error.remedy == _ENABLE and not isinstance(error, NoStream)
+class _Confirmation(msgspec.Struct):
+    """ADR-17's PubAck, or why there is none."""
+
+    stream: str = ""
+    seq: int = 0
+    duplicate: bool = False
+    error: dict[str, Any] | None = None
+
+
+_CONFIRMATION = msgspec.json.Decoder(_Confirmation)
 
 
 def _answer(reply: Msg, subject: str) -> dict[str, Any]:

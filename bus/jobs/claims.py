@@ -85,10 +85,14 @@ class Claims:
             raise JobTakenOver(f"job {claim.job_id} was taken over by a later delivery") from None
         held.claim = claim
 
-    async def finish(self, held: Held) -> None:
-        """Note that the job is done, whoever has the claim by now: done is done."""
+    def finish(self, held: Held) -> None:
+        """Note that the job is done, whoever has the claim by now: done is done.
+
+        Not confirmed: the ack that follows on the same connection is, and the server takes them in their order.
+        Raises `ConnectionLost`.
+        """
         done = msgspec.structs.replace(held.claim, state="done", progress=b"")
-        await self._write(held.key, done, None)
+        self._jetstream.connection.publish_now(held.key, encode(done))
 
     def _key(self, subject: str, name: str) -> str:
         digest = hashlib.blake2b(f"{subject} {name}".encode(), digest_size=16).hexdigest()

@@ -23,7 +23,7 @@ from bus.control_plane.delivery import ACK, IN_PROGRESS, Delivery, nak, term
 from bus.control_plane.jetstream import JetStream
 from bus.control_plane.pull import PullSubscription
 from bus.deadline import Deadline, working_under
-from bus.errors import BusError, DeadlineExceeded, PermissionDenied
+from bus.errors import BusError, DeadlineExceeded, JobTakenOver, PermissionDenied
 from bus.jobs.claims import Claims, Held
 from bus.jobs.current import CurrentJob, no_checkpoint, working_on
 from bus.jobs.dead_letters import DeadLetters
@@ -204,7 +204,8 @@ class _Job:
             await self._hand_back()
         except Exception as error:
             self._span.fail(error)
-            await self._failed(error)
+            if await self._is_still_ours(error):
+                await self._failed(error)
 
     async def _is_our_turn(self) -> bool:
         """Claim the job. Whoever's it is instead, or that it came too often, is settled here."""
@@ -294,11 +295,11 @@ class _Job:
 
     async def _done(self) -> None:
         self._consumer.stats.num_done += 1
-        if self._held:
-            try:
-                await self._consumer._claims.finish(self._held)
-            except BusError as error:  # the ack says the same; only a second submission would not be known
-                self._log(logging.WARNING, "can't be noted as done", error)
+        with contextlib.suppress(BusError):  # then the words below are repeated until they are confirmed
+            if self._held is None:
+                self._consumer._jetstream.connection.publish_now(self._delivery.ack_subject, ACK)
+                return
+            self._consumer._claims.finish(self._held)
         await self._settled_by(ACK)
 
     async def _failed(self, error: Exception) -> None:
@@ -311,6 +312,21 @@ class _Job:
             self._consumer.stats.num_retried += 1
             self._log(logging.INFO, f"failed and comes again in {verdict.delay_s:.1f} s", error)
             await self._nak(verdict.delay_s)
+
+    async def _is_still_ours(self, error: Exception) -> bool:
+        """Whether a failed delivery may say what becomes of the job: a later one may be at work on it by now."""
+        try:
+            if self._held and not isinstance(error, JobTakenOver):
+                await self._consumer._claims.update(self._held)
+        except JobTakenOver as taken_over:
+            error = taken_over
+        except BusError as unknown:
+            self._log(logging.INFO, "failed, and whose it is can't be asked", unknown)
+        if isinstance(error, JobTakenOver):
+            self._consumer.stats.num_skipped += 1
+            self._log(logging.WARNING, "is left to a later delivery", error)
+            return False
+        return True
 
     async def _bury(self, fault: Fault) -> None:
         consumer = self._consumer
@@ -338,10 +354,14 @@ class _Job:
     async def _hand_back(self) -> None:
         """Give the job to another worker, without a delivery's loss. The task is being cancelled, but has time."""
         self._consumer.stats.num_handed_back += 1
-        with contextlib.suppress(BusError, TimeoutError):
+        try:
             async with asyncio.timeout(_HAND_BACK_TIMEOUT_S):
                 if self._held:
                     await self._consumer._claims.update(self._held, handed_back=self._held.claim.handed_back + 1)
+        except JobTakenOver:
+            return
+        except (BusError, TimeoutError) as error:
+            self._log(logging.INFO, "is given back, and counts as tried", error)
         await self._nak(random.uniform(*HAND_BACK_DELAY_S))  # noqa: S311
 
     async def _nak(self, delay_s: float) -> None:

@@ -29,6 +29,8 @@ from schemas.protocol import PROTOCOL_HEADER, PROTOCOL_VERSION, TTL_HEADER
 from schemas.subjects import Subject, Subjects
 
 _RESTART_PAUSE_S = 0.1
+_ANY_HEADERS_BYTES = 16 << 10
+"""More than a job's headers can take, with 8 KiB of baggage; only above it they are counted."""
 
 
 class DurableWork:
@@ -130,8 +132,10 @@ class DurableWork:
             raise LocalProtocolError(f"ttl_s={ttl_s} of a job is not between a millisecond and a year")
 
     def _check_size(self, subject: Subject, payload: bytes, headers: dict[str, str]) -> None:
-        num_bytes = len(payload) + header_bytes(headers)
         limit_bytes = self._jetstream.connection.max_payload_bytes - HEADROOM_BYTES
+        if len(payload) + _ANY_HEADERS_BYTES <= limit_bytes:
+            return
+        num_bytes = len(payload) + header_bytes(headers)
         if num_bytes > limit_bytes:
             raise PayloadTooLarge(
                 f"a job of {num_bytes:,} bytes is over {limit_bytes:,}: the NATS server's max_payload, less "

@@ -161,6 +161,65 @@ def nats_conf(
     _run(command.run(out, host, store_dir, as_json), as_json)
 
 
+dlq_app = typer.Typer(help="Dead letters: jobs that were given up.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(dlq_app, name="dlq")
+
+DeadLetterNumbers = Annotated[list[int] | None, typer.Argument(min=1, help="Numbers; see 'nixlbus dlq ls'.")]
+Every = Annotated[bool, typer.Option("--all", help="Every dead letter (of --queue).")]
+QueueName = Annotated[str, typer.Option("--queue", help="QUEUE or GRAPH.QUEUE. [default: all]")]
+Limit = Annotated[int, typer.Option("--limit", min=1, max=10_000, help="Most dead letters, the oldest first.")]
+
+
+@dlq_app.command("ls")
+def dlq_ls(queue: QueueName = "", limit: Limit = 100, nats: NatsUrl = None, as_json: AsJson = False) -> None:
+    """List dead letters, the oldest first."""
+    from workers.cli import dlq as command
+
+    _run(command.list_letters(nats, queue, limit, as_json), as_json)
+
+
+@dlq_app.command("show")
+def dlq_show(
+    number: Annotated[int, typer.Argument(min=1, help="Number of a dead letter.")],
+    nats: NatsUrl = None,
+    as_json: AsJson = False,
+) -> None:
+    """Print one dead letter: the reason, its headers, its payload."""
+    from workers.cli import dlq as command
+
+    _run(command.show(nats, number, as_json), as_json)
+
+
+@dlq_app.command("replay")
+def dlq_replay(
+    numbers: DeadLetterNumbers = None,
+    every: Every = False,
+    queue: QueueName = "",
+    limit: Limit = 10_000,
+    nats: NatsUrl = None,
+    as_json: AsJson = False,
+) -> None:
+    """Put dead letters back into their queues, where they begin anew."""
+    from workers.cli import dlq as command
+
+    _run(command.settle("replay", nats, numbers, every, queue, limit, as_json), as_json)
+
+
+@dlq_app.command("drop")
+def dlq_drop(
+    numbers: DeadLetterNumbers = None,
+    every: Every = False,
+    queue: QueueName = "",
+    limit: Limit = 10_000,
+    nats: NatsUrl = None,
+    as_json: AsJson = False,
+) -> None:
+    """Take dead letters out for good."""
+    from workers.cli import dlq as command
+
+    _run(command.settle("drop", nats, numbers, every, queue, limit, as_json), as_json)
+
+
 def main() -> None:
     """Entry point of the console script."""
     app()
