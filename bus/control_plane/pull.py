@@ -24,9 +24,9 @@ from bus.control_plane.delivery import ACK_PREFIX, Delivery, delivery_of
 from bus.errors import BusError, ConnectionLost, PermissionDenied
 
 MAX_BATCH = 32
-EXPIRES_S = 30.0
-IDLE_HEARTBEAT_S = 5.0
-_SILENCE_S = 2.5 * IDLE_HEARTBEAT_S
+LONGEST_REQUEST_S = 30.0
+_GRACE_S = 5.0
+"""A request is over so long after its own end, if the server's word for that was lost."""
 _GATHER_S = 0.001
 """How long a small request waits for more free slots: a job's ack takes about as long."""
 _FIRST_PAUSE_S = 0.1
@@ -51,6 +51,9 @@ class PullSubscription:
         self._free_slots = free_slots
         self._on_delivery = on_delivery
         self._restore = restore
+        self.request_s = LONGEST_REQUEST_S
+        """How long the server keeps a request. At most half of the consumer's ack_wait: then a worker that was stopped
+        has no request left when the jobs that it took are delivered again, and can't swallow them a second time."""
         self._inbox = f"{connection.inbox_prefix}.pull{secrets.token_hex(6)}"
         self._subscription: Subscription | None = None
         self._asking: asyncio.Task[None] | None = None
@@ -87,12 +90,12 @@ class PullSubscription:
     async def _keep_asking(self) -> None:
         while True:
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(IDLE_HEARTBEAT_S):
+                async with asyncio.timeout(self.request_s + _GRACE_S):
                     await self._wake.wait()
             self._wake.clear()
             if self._trouble and not await self._recovered():
                 continue
-            if self._num_asked and time.monotonic() - self._heard_at_s > _SILENCE_S:
+            if self._num_asked and time.monotonic() - self._heard_at_s > self.request_s + _GRACE_S:
                 self._num_asked = 0
             missing = self._free_slots() - self._num_asked
             if missing <= 0:
@@ -112,13 +115,8 @@ class PullSubscription:
                 raise ConnectionLost("not connected to NATS right now", subject=self._next_subject)
             batch = min(num_messages, MAX_BATCH)
             self._num_requests += 1
-            if not self._num_asked:
-                self._heard_at_s = time.monotonic()
-            request = {
-                "batch": batch,
-                "expires": int(EXPIRES_S * 1e9),
-                "idle_heartbeat": int(IDLE_HEARTBEAT_S * 1e9),
-            }
+            self._heard_at_s = time.monotonic()
+            request = {"batch": batch, "expires": int(self.request_s * 1e9)}
             self._connection.publish_now(
                 self._next_subject, json.dumps(request).encode(), reply=f"{self._inbox}.{self._num_requests:x}"
             )
@@ -136,12 +134,11 @@ class PullSubscription:
             return
         headers = message.headers or {}
         status = headers.get("Status", "")
-        if status == "100":
-            self._pause_s = _FIRST_PAUSE_S
-            return
         unserved = headers.get("Nats-Pending-Messages", "")
         self._num_asked = max(0, self._num_asked - int(unserved)) if unserved.isdigit() else 0
-        if status != "408":  # 408: its time is over, as agreed
+        if status == "408":  # its time is over, as agreed
+            self._pause_s = _FIRST_PAUSE_S
+        else:
             self._trouble = f"{status} {headers.get('Description', '')}".strip()
         self._wake.set()
 

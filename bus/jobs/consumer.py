@@ -21,7 +21,7 @@ from typing import Any
 
 from bus.control_plane.delivery import ACK, IN_PROGRESS, Delivery, nak, term
 from bus.control_plane.jetstream import JetStream
-from bus.control_plane.pull import PullSubscription
+from bus.control_plane.pull import LONGEST_REQUEST_S, PullSubscription
 from bus.deadline import Deadline, working_under
 from bus.errors import BusError, DeadlineExceeded, JobTakenOver, PermissionDenied
 from bus.jobs.claims import Claims, Held
@@ -144,6 +144,7 @@ class JobConsumer:
     async def _provision(self) -> None:
         await ensure_stream(self._jetstream, self._streams.jobs)
         self._ack_wait_s = await ensure_consumer(self._jetstream, self._consumer)
+        self._pull.request_s = min(LONGEST_REQUEST_S, self._ack_wait_s / 2)
         if self._ack_wait_s != self.config.ack_wait_s:
             _LOG.warning(
                 "the queue %s has an ack_wait of %g s, not %g: it was made so, and 'nats consumer edit' changes it",

@@ -66,7 +66,6 @@ async def test_killing_a_worker_loses_no_job_and_does_no_done_job_again(
         await until(lambda: len(noted(journal, "effect")) >= 10)
         victim.kill()
         await victim.wait()
-    started_by_victim = {number for number, _, _ in noted(journal, "start")}
     finished_by_victim = {number for number, _, _ in noted(journal, "effect")}
     async with worker(server, "heir", config.queue, journal, "effect"):
         await until(lambda: len({number for number, _, _ in noted(journal, "effect")}) == 60)
@@ -75,8 +74,8 @@ async def test_killing_a_worker_loses_no_job_and_does_no_done_job_again(
     again = {number for number, count in effects.items() if count > 1}
     assert len(finished_by_victim - again) >= len(finished_by_victim) - 4, "done jobs were done again"
     assert again <= finished_by_victim, "a job was done twice that the victim had not finished"
-    redelivered = {number for number, worker_id, delivery in noted(journal, "start") if delivery > 1}
-    assert redelivered <= started_by_victim
+    redelivered = {number for number, _, delivery in noted(journal, "start") if delivery > 1}
+    assert len(redelivered) <= 4, "more was redelivered than the victim had in hand"
 
 
 async def test_a_job_that_kills_its_workers_ends_in_the_dead_letters(
@@ -95,11 +94,11 @@ async def test_a_job_that_kills_its_workers_ends_in_the_dead_letters(
     assert (letter.code, letter.deliveries, letter.job_id) == ("deliveries_exhausted", 3, "killer")
 
 
-async def test_a_stopped_worker_s_job_goes_to_another_and_its_late_end_changes_nothing(
+async def test_a_stopped_worker_s_job_goes_to_another_and_it_learns_so_before_its_effect(
     server: EmbeddedServer, caller: Bus, tmp_path: Path
 ) -> None:
     config, journal = queue(ack_wait_s=0.8), tmp_path / "journal"
-    async with worker(server, "frozen", config.queue, journal, "hang") as frozen:
+    async with worker(server, "frozen", config.queue, journal, "fenced") as frozen:
         await caller.submit(config, Task(number=1), job_id="job")
         await until(lambda: bool(noted(journal, "start")))
         frozen.send_signal(signal.SIGSTOP)
@@ -107,8 +106,9 @@ async def test_a_stopped_worker_s_job_goes_to_another_and_its_late_end_changes_n
             async with worker(server, "heir", config.queue, journal, "effect"):
                 await until(lambda: bool(noted(journal, "effect")))
                 frozen.send_signal(signal.SIGCONT)
-                await asyncio.sleep(0.2)
+                await asyncio.sleep(0.6)
         finally:
             frozen.send_signal(signal.SIGCONT)
+    assert noted(journal, "start") == [(1, "frozen", 1), (1, "heir", 2)]
     assert noted(journal, "effect") == [(1, "heir", 2)]
     assert await caller.dead_letters.list(queue=config.queue) == []

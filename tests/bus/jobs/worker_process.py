@@ -1,7 +1,8 @@
 """A worker of a queue in a process of its own, to be killed: `python worker_process.py URL WORKER_ID QUEUE JOURNAL MODE`.
 
-It writes a line to the journal when a job starts and one when its effect is made. MODE: `effect` does each job in half
-a second; `die` kills its own process in every job; `hang` never ends one.
+It writes a line to the journal when a job starts and one when its effect is made. MODE: `effect` does each job in a
+moment; `die` kills its own process in every job; `fenced` asks whether
+the job is still its own before the effect.
 """
 
 import asyncio
@@ -22,9 +23,10 @@ async def main(url: str, worker_id: str, name: str, journal: str, mode: str) -> 
         note(f"start {task.number} {worker_id} {current_job().delivery_count}")
         if mode == "die":
             os.kill(os.getpid(), signal.SIGKILL)
-        if mode == "hang":
-            await asyncio.Event().wait()
         await asyncio.sleep(0.05)
+        if mode == "fenced":
+            await asyncio.sleep(0.3)
+            await current_job().checkpoint()
         note(f"effect {task.number} {worker_id} {current_job().delivery_count}")
 
     async with Bus.open(BusConfig(worker_id=worker_id, nats_url=url), data_plane=False) as bus:
