@@ -118,7 +118,11 @@ class JobConsumer:
     async def open(self, timeout_s: float) -> None:
         """Make what is missing and begin. Raises `DurableWorkUnavailable`, `PermissionDenied`, `ConnectionLost`."""
         await self._provision()
-        await self._pull.open(timeout_s)
+        try:
+            await self._pull.open(timeout_s)
+        except BaseException:
+            await self._pull.close()
+            raise
         self._speaking = asyncio.create_task(self._speak(), context=Context())
 
     @property
@@ -178,9 +182,8 @@ class JobConsumer:
                         self._jetstream.connection.publish_now(active.delivery.ack_subject, IN_PROGRESS)
 
     async def _work(self, delivery: Delivery) -> None:
-        async with self._slots:  # never waits, but after a reconnect: see `pull`
-            with process_span(self._subject, delivery, self.config.durable, self._worker_id) as span:
-                await _Job(self, delivery, span).settle()
+        with process_span(self._subject, delivery, self.config.durable, self._worker_id) as span:
+            await _Job(self, delivery, span).settle()
 
 
 class _Job:
@@ -197,9 +200,10 @@ class _Job:
     async def settle(self) -> None:
         """Run the handler if it is this delivery's turn, and tell the server what became of it."""
         try:
-            if await self._is_our_turn():
-                await self._run()
-                await self._done()
+            async with self._consumer._slots:  # never waits, but after a reconnect: see `pull`
+                if await self._is_our_turn():
+                    await self._run()
+                    await self._done()
         except asyncio.CancelledError as error:
             self._span.fail(error)
             await self._hand_back()
@@ -296,12 +300,11 @@ class _Job:
 
     async def _done(self) -> None:
         self._consumer.stats.num_done += 1
-        with contextlib.suppress(BusError):  # then the words below are repeated until they are confirmed
-            if self._held is None:
+        if self._held is None and self._consumer._jetstream.connection.is_connected:
+            with contextlib.suppress(BusError):
                 self._consumer._jetstream.connection.publish_now(self._delivery.ack_subject, ACK)
                 return
-            self._consumer._claims.finish(self._held)
-        await self._settled_by(ACK)
+        await self._settled_by(ACK, done=self._held)
 
     async def _failed(self, error: Exception) -> None:
         worker_id = self._consumer._worker_id
@@ -322,7 +325,10 @@ class _Job:
         except JobTakenOver as taken_over:
             error = taken_over
         except BusError as unknown:
-            self._log(logging.INFO, "failed, and whose it is can't be asked", unknown)
+            self._log(
+                logging.WARNING, f"failed ({error}), and comes again after ack_wait: its claim is unknown", unknown
+            )
+            return False
         if isinstance(error, JobTakenOver):
             self._consumer.stats.num_skipped += 1
             self._log(logging.WARNING, "is left to a later delivery", error)
@@ -362,20 +368,29 @@ class _Job:
         except JobTakenOver:
             return
         except (BusError, TimeoutError) as error:
-            self._log(logging.INFO, "is given back, and counts as tried", error)
+            self._log(logging.INFO, "can't be given back now, and comes again after ack_wait", error)
+            return
         await self._nak(random.uniform(*HAND_BACK_DELAY_S))  # noqa: S311
 
     async def _nak(self, delay_s: float) -> None:
+        connection = self._consumer._jetstream.connection
+        if not connection.is_connected:  # it would go out after the reconnect, when the job may be another's
+            return
         try:
-            self._consumer._jetstream.connection.publish_now(self._delivery.ack_subject, nak(delay_s))
+            connection.publish_now(self._delivery.ack_subject, nak(delay_s))
         except BusError as error:  # it comes again after ack_wait
             self._log(logging.INFO, "can't be given back now", error)
 
-    async def _settled_by(self, word: bytes) -> None:
-        """Send `word` until the server confirms it, for as long as it would not deliver the job again anyway."""
+    async def _settled_by(self, word: bytes, done: Held | None = None) -> None:
+        """Send `word` until the server confirms it, for as long as it would not deliver the job again anyway.
+
+        With `done` that claim's end goes out before it, on the same connection.
+        """
         give_up_s = time.monotonic() + self._consumer._ack_wait_s
         while True:
             try:
+                if done:
+                    self._consumer._claims.finish(done)
                 await self._consumer._jetstream.confirm(self._delivery.ack_subject, word, _ACK_TIMEOUT_S)
                 return
             except PermissionDenied as error:

@@ -207,7 +207,9 @@ class _Window:
         try:
             if kind is None and self._tasks:
                 await self._wait(asyncio.ALL_COMPLETED)
-        finally:
+        finally:  # what is on its way arrives, and a purge that overtook it would leave it
+            if self._tasks:
+                await asyncio.wait(self._tasks, timeout=_PURGE_TIMEOUT_S)
             for task in self._tasks:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)

@@ -47,9 +47,11 @@ async def until(true: Callable[[], bool], timeout_s: float = LONG_S) -> None:
 
 async def until_dead(bus: Bus, config: JobQueueConfig, count: int = 1) -> list[Any]:
     async with asyncio.timeout(LONG_S):
-        while len(letters := await bus.dead_letters.list(queue=config.queue)) < count:
+        while True:
+            letters = await bus.dead_letters.list(queue=config.queue)
+            if len(letters) >= count:
+                return letters
             await asyncio.sleep(0.02)
-    return letters
 
 
 @asynccontextmanager

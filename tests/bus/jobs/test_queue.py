@@ -248,7 +248,7 @@ async def test_nobody_speaks_for_a_handler_that_ignores_its_end(bus: Bus, caller
     config, done = queue(ack_wait_s=0.3, max_duration_s=0.2), list[str]()
 
     async def stubborn(_: Task) -> None:
-        while not done:  # noqa: ASYNC110
+        while not done:
             try:
                 await asyncio.sleep(0.05)
             except asyncio.CancelledError:

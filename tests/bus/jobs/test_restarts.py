@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bus import BusConfig, BusError, Bus
+from bus import Bus, BusConfig, BusError
 from tests.bus.jobs.queues import Task, noting, opened, queue, stoppable_server, until
 
 

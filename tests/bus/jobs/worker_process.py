@@ -1,4 +1,4 @@
-"""A worker of a queue in a process of its own, to be killed: `python worker_process.py URL WORKER_ID QUEUE JOURNAL MODE`.
+"""A worker of a queue in a process of its own, to be killed: `worker_process.py URL WORKER_ID QUEUE JOURNAL MODE`.
 
 It writes a line to the journal when a job starts and one when its effect is made. MODE: `effect` does each job in a
 moment; `die` kills its own process in every job; `fenced` asks whether
@@ -16,7 +16,7 @@ from tests.bus.jobs.queues import Task, queue
 
 async def main(url: str, worker_id: str, name: str, journal: str, mode: str) -> None:
     def note(what: str) -> None:
-        with open(journal, "a") as file:  # noqa: ASYNC230
+        with open(journal, "a") as file:
             file.write(f"{what}\n")
 
     async def handler(task: Task) -> None:
