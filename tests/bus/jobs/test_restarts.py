@@ -12,7 +12,7 @@ from tests.bus.jobs.queues import Task, noting, opened, queue, stoppable_server,
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 async def test_work_goes_on_after_the_server_is_restarted(tmp_path: Path, how: signal.Signals) -> None:
-    config, seen = queue(), list[int]()
+    config, seen = queue(ack_wait_s=60), list[int]()  # so a request would be given up only after the test's patience
     async with stoppable_server(tmp_path) as server:
         config_of = BusConfig(worker_id="w", nats_url=server.url)
         async with Bus.open(config_of, data_plane=False) as bus, opened(server.url, "c") as caller:
