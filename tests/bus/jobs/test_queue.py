@@ -124,7 +124,7 @@ async def test_a_worker_that_was_cut_off_learns_that_its_job_was_taken_over(bus:
             await current_job().checkpoint(b"mine?")
         except JobTakenOver:
             learned.append("taken over")
-            raise
+            raise RequestRefused(FaultCode.INVALID_PROMPT, "a verdict that it may not give any more") from None
 
     async def second(_: Task) -> None:
         started.append(current_job().delivery_count)
@@ -140,6 +140,7 @@ async def test_a_worker_that_was_cut_off_learns_that_its_job_was_taken_over(bus:
     other = await caller.work(config, second)
     await until(lambda: other.stats.num_done == 1)
     assert (started, learned) == ([1, 2], ["taken over"])
+    assert await bus.dead_letters.list(queue=config.queue) == []
 
 
 async def test_a_poison_message_ends_in_the_dead_letters_after_its_deliveries(bus: Bus) -> None:
