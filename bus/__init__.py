@@ -62,11 +62,12 @@ from bus.errors import (
 )
 from bus.handshake.authentication import KeyFileError, write_key_file
 from bus.handshake.process_identity import identity_of
-from bus.jobs.consumer import JobConsumer, JobHandler
+from bus.jobs.consumer import JobConsumer
 from bus.jobs.current import CurrentJob, current_job
 from bus.jobs.dead_letters import DeadLetter, DeadLetters
 from bus.jobs.media import MediaStore
 from bus.jobs.queue import JobQueueConfig, JobReceipt
+from bus.jobs.settlement import JobHandler
 from bus.jobs.verdict import JobExpired
 from bus.operations.claim import Claim, PendingClaim
 from bus.operations.initiator import OperationReport, ReadOperation, WriteOperation

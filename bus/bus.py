@@ -25,11 +25,12 @@ from bus.deadline import Deadline
 from bus.errors import AuthenticationError, BusError, LocalProtocolError
 from bus.handshake import exchange, statements
 from bus.handshake.authentication import KeyRing
-from bus.jobs.consumer import JobConsumer, JobHandler
+from bus.jobs.consumer import JobConsumer
 from bus.jobs.dead_letters import DeadLetters
 from bus.jobs.durable_work import DurableWork
 from bus.jobs.media import MediaStore
 from bus.jobs.queue import JobQueueConfig, JobReceipt
+from bus.jobs.settlement import JobHandler
 from bus.operations import dynamo
 from bus.operations.claim import Claim, PendingClaim, claim
 from bus.operations.grants import GrantTerms

@@ -14,10 +14,11 @@ from bus.control_plane.inbox import Inbox
 from bus.control_plane.jetstream import API_TIMEOUT_S, JetStream, NoStream, Stored
 from bus.errors import LocalProtocolError, PayloadTooLarge
 from bus.jobs.claims import Claims
-from bus.jobs.consumer import JobConsumer, JobHandler
+from bus.jobs.consumer import JobConsumer
 from bus.jobs.dead_letters import HEADROOM_BYTES, DeadLetters
 from bus.jobs.media import MediaStore
 from bus.jobs.queue import JobQueueConfig, JobReceipt, checked_job_id, message_id
+from bus.jobs.settlement import JobHandler, Workplace
 from bus.jobs.spans import submit_span
 from bus.jobs.streams import Streams, ensure_stream
 from observability.active_span import Span
@@ -48,16 +49,16 @@ class DurableWork:
 
     async def work(self, config: JobQueueConfig, handler: JobHandler) -> JobConsumer:
         """Work on a queue until the bus drains; see `Bus.work`."""
-        consumer = JobConsumer(
-            self._jetstream,
-            self._streams,
-            self._claims,
-            self.dead_letters,
+        place = Workplace(
+            config,
             config.subject(self._subjects),
             self._config.worker_id,
-            config,
             handler,
+            self._jetstream,
+            self._claims,
+            self.dead_letters,
         )
+        consumer = JobConsumer(place, self._streams)
         await consumer.open(self._config.connect_timeout_s)
         self._consumers.append(consumer)
         return consumer
