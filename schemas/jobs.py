@@ -42,8 +42,8 @@ class JobClaim(Message, frozen=True, kw_only=True, tag="job.claim"):
     """Which delivery of the message, counted from 1."""
     stream_sequence: int
     """Which message of the stream of jobs: the same job may have been submitted twice."""
-    handed_back: int = 0
-    """Deliveries that a draining worker gave back; they don't count against the job."""
+    attempt: int = 1
+    """The same without deliveries that no worker began with, or that a draining one gave back: what counts."""
     progress: bytes = b""
     """The handler's own note for the next delivery."""
     traceparent: str = ""

@@ -68,7 +68,7 @@ class Claims:
             if stands not in (Standing.FREE, Standing.OURS):
                 return stands
             if stands is Standing.OURS and found is not None:
-                ours = msgspec.structs.replace(ours, handed_back=found.handed_back, progress=found.progress)
+                ours = msgspec.structs.replace(ours, attempt=found.attempt + 1, progress=found.progress)
             previous = found.traceparent if found else ""
             try:
                 return Held(key, ours, await self._write(key, ours, revision), previous)

@@ -31,7 +31,7 @@ class CurrentJob:
         self.delivery_count = delivery_count
         """1 for the first delivery."""
         self.attempt = attempt
-        """The same without deliveries that a draining worker gave back."""
+        """The same without deliveries that no worker began with, or that a draining one gave back: what counts."""
         self.stream_sequence = stream_sequence
         self.age_s = age_s
         """Seconds between its submission and this delivery, by the NATS server's clock."""

@@ -260,7 +260,7 @@ class Settlement:
         try:
             async with asyncio.timeout(HAND_BACK_TIMEOUT_S):
                 if self._held:
-                    await self._place.claims.update(self._held, handed_back=self._held.claim.handed_back + 1)
+                    await self._place.claims.update(self._held, attempt=self._held.claim.attempt - 1)
         except JobTakenOver:
             return
         except (BusError, TimeoutError) as error:

@@ -53,8 +53,8 @@ def standing(claim: JobClaim | None, delivery: Delivery) -> Standing:
 
 
 def attempts(delivery: Delivery, claim: JobClaim | None) -> int:
-    """Deliveries that count against the job, this one included."""
-    return delivery.num_delivered - (claim.handed_back if claim else 0)
+    """Deliveries that count against the job, this one included: those that a worker began with, as its claim has it."""
+    return claim.attempt if claim else delivery.num_delivered
 
 
 @dataclass(frozen=True, slots=True)

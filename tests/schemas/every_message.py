@@ -54,7 +54,7 @@ EXAMPLES: dict[str, Message] = {
         epoch="e1",
         delivery=2,
         stream_sequence=41,
-        handed_back=1,
+        attempt=2,
         progress=b"page 3",
         traceparent=f"00-{'1' * 32}-{'2' * 16}-01",
     ),

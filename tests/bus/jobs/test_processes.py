@@ -59,7 +59,7 @@ def noted(journal: Path, what: str) -> list[tuple[int, str, int]]:
 async def test_killing_a_worker_loses_no_job_and_does_no_done_job_again(
     server: EmbeddedServer, caller: Bus, tmp_path: Path
 ) -> None:
-    config, journal = queue(ack_wait_s=0.8), tmp_path / "journal"
+    config, journal = queue(ack_wait_s=1.5), tmp_path / "journal"
     for number in range(60):
         await caller.submit(config, Task(number=number), job_id=f"job-{number}")
     async with worker(server, "victim", config.queue, journal, "effect") as victim:
@@ -81,7 +81,7 @@ async def test_killing_a_worker_loses_no_job_and_does_no_done_job_again(
 async def test_a_job_that_kills_its_workers_ends_in_the_dead_letters(
     server: EmbeddedServer, caller: Bus, tmp_path: Path
 ) -> None:
-    config, journal = queue(ack_wait_s=0.8, max_deliver=3), tmp_path / "journal"
+    config, journal = queue(ack_wait_s=1.5, max_deliver=3), tmp_path / "journal"
     await caller.submit(config, Task(number=1), job_id="killer")
     for attempt in range(3):
         async with worker(server, f"w{attempt}", config.queue, journal, "die") as process:
@@ -97,7 +97,7 @@ async def test_a_job_that_kills_its_workers_ends_in_the_dead_letters(
 async def test_a_stopped_worker_s_job_goes_to_another_and_it_learns_so_before_its_effect(
     server: EmbeddedServer, caller: Bus, tmp_path: Path
 ) -> None:
-    config, journal = queue(ack_wait_s=0.8), tmp_path / "journal"
+    config, journal = queue(ack_wait_s=1.5), tmp_path / "journal"
     async with worker(server, "frozen", config.queue, journal, "fenced") as frozen:
         await caller.submit(config, Task(number=1), job_id="job")
         await until(lambda: bool(noted(journal, "start")))

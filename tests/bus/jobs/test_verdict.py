@@ -38,9 +38,9 @@ def test_a_claim_means_what_it_says_to_each_delivery() -> None:
     assert standing(done, delivery(3)) is standing(done, delivery(1, 8)) is Standing.DONE
 
 
-def test_deliveries_that_were_given_back_do_not_count() -> None:
+def test_only_deliveries_that_a_worker_began_with_count() -> None:
     assert attempts(delivery(5), None) == 5
-    assert attempts(delivery(5), msgspec.structs.replace(CLAIM, handed_back=3)) == 2
+    assert attempts(delivery(5), msgspec.structs.replace(CLAIM, attempt=2)) == 2
 
 
 @pytest.mark.parametrize(
