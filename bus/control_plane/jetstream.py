@@ -9,6 +9,7 @@ Source: the JetStream wire API, https://docs.nats.io/reference/reference-protoco
 get).
 """
 
+import contextlib
 import json
 import time
 from collections.abc import Mapping
@@ -21,7 +22,7 @@ import msgspec
 from bus.control_plane.connection import Connection, Msg
 from bus.control_plane.inbox import Inbox
 from bus.deadline import Deadline
-from bus.errors import DurableWorkUnavailable, NoResponders
+from bus.errors import DurableWorkUnavailable, NoResponders, PermissionDenied
 from schemas.subjects import Subject
 
 API_TIMEOUT_S = 5.0
@@ -94,6 +95,14 @@ class JetStream:
         answer = _answer(await self._asked(subject, payload, None, timeout_s), subject)
         self._learn_clock(answer.get("ts", ""), (asked_at_s + time.time()) / 2)
         return answer
+
+    async def check(self) -> None:
+        """Raise `JetStreamError` if there is no JetStream: where a stream is missing, that may be why.
+
+        Without the right to ask, there is taken to be.
+        """
+        with contextlib.suppress(PermissionDenied):
+            await self.api("INFO")
 
     async def publish(
         self,

@@ -93,21 +93,37 @@ class PullSubscription:
                 async with asyncio.timeout(self.request_s + _GRACE_S):
                     await self._wake.wait()
             self._wake.clear()
-            if self._trouble and not await self._recovered():
-                continue
-            if self._num_asked and time.monotonic() - self._heard_at_s > self.request_s + _GRACE_S:
-                self._num_asked = 0
-            missing = self._free_slots() - self._num_asked
-            if missing <= 0:
-                continue
-            if missing < MAX_BATCH // 2 and self._num_asked:
-                await asyncio.sleep(_GATHER_S)
-                missing = self._free_slots() - self._num_asked
             try:
-                self._ask(missing)
+                if self._trouble:
+                    await self._recover()
+                await self._ask_for_what_is_missing()
             except BusError as error:
-                self._trouble = str(error)
-                self._wake.set()
+                self._in_trouble(str(error))
+            except Exception as error:  # this loop is the queue's only one: whatever it met, it goes on
+                _LOG.exception("pulling from %s failed", self._next_subject)
+                self._in_trouble(type(error).__name__)
+
+    async def _ask_for_what_is_missing(self) -> None:
+        if self._num_asked and time.monotonic() - self._heard_at_s > self.request_s + _GRACE_S:
+            self._num_asked = 0
+        missing = self._free_slots() - self._num_asked
+        if 0 < missing < MAX_BATCH // 2 and self._num_asked:
+            await asyncio.sleep(_GATHER_S)
+            missing = self._free_slots() - self._num_asked
+        self._ask(missing)
+
+    async def _recover(self) -> None:
+        trouble, self._trouble = self._trouble, ""
+        _LOG.info("pulling from %s was interrupted (%s); trying again", self._next_subject, trouble)
+        await asyncio.sleep(self._pause_s)
+        self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
+        if not self._connection.is_connected:
+            raise ConnectionLost("not connected to NATS right now")
+        await self._restore()
+
+    def _in_trouble(self, what: str) -> None:
+        self._trouble = what
+        self._wake.set()
 
     def _ask(self, num_messages: int) -> None:
         while num_messages > 0:
@@ -147,20 +163,4 @@ class PullSubscription:
             if isinstance(error, PermissionDenied):
                 self._denied = error
             self._num_asked = 0
-            self._trouble = str(error)
-            self._wake.set()
-
-    async def _recovered(self) -> bool:
-        trouble, self._trouble = self._trouble, ""
-        _LOG.info("pulling from %s was interrupted (%s); trying again", self._next_subject, trouble)
-        await asyncio.sleep(self._pause_s)
-        self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
-        try:
-            if not self._connection.is_connected:
-                raise ConnectionLost("not connected to NATS right now")
-            await self._restore()
-        except BusError as error:
-            self._trouble = str(error)
-            self._wake.set()
-            return False
-        return True
+            self._in_trouble(str(error))

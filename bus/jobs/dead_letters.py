@@ -32,7 +32,7 @@ from schemas.jobs import (
     MSG_ID_HEADER,
     REPLAY_HEADER,
 )
-from schemas.subjects import SUBJECT_VERSION, Subjects
+from schemas.subjects import SUBJECT_VERSION, Subjects, identifier
 
 HEADROOM_BYTES = 4096
 """What a dead letter's headers may add to a job: submitting keeps it free below max_payload."""
@@ -82,7 +82,13 @@ class DeadLetters:
     async def list(
         self, *, graph: str = "*", queue: str = "*", limit: int = 100, timeout_s: float = 30.0
     ) -> list[DeadLetter]:
-        """The oldest `limit` of one queue, or of all. Raises `DurableWorkUnavailable` and what a request raises."""
+        """The oldest `limit` of one queue, or of all.
+
+        Raises `InvalidIdentifier`, `DurableWorkUnavailable` and what a request raises.
+        """
+        for kind, name in (("graph", graph), ("queue", queue)):
+            if name != "*":
+                identifier(kind, name)
         return [letter async for letter in self._walk(graph, queue, min(limit, MAX_LISTED), timeout_s)]
 
     async def show(self, sequence: int, *, timeout_s: float = API_TIMEOUT_S) -> DeadLetter:
@@ -90,6 +96,7 @@ class DeadLetters:
         try:
             stored = await self._jetstream.message(self._stream.name, sequence, timeout_s=timeout_s)
         except NoStream:
+            await self._jetstream.check()
             stored = None
         if stored is None:
             raise DeadLetterNotFound(f"there is no dead letter {sequence}")
@@ -130,7 +137,7 @@ class DeadLetters:
             try:
                 stored = await self._jetstream.next_message(self._stream.name, wanted, sequence, timeout_s=timeout_s)
             except NoStream:
-                await self._jetstream.api("INFO")  # raises where JetStream itself is missing
+                await self._jetstream.check()
                 return
             if stored is None:
                 return

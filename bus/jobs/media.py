@@ -152,6 +152,7 @@ class MediaStore:
         try:
             stored = await self._jetstream.last_message(self._stream.name, self._subject(f"M.{_encoded(name)}"))
         except NoStream:
+            await self._jetstream.check()
             stored = None
         try:
             info = json.loads(stored.payload) if stored else {}

@@ -27,6 +27,9 @@ DEAD_LETTER_DUPLICATE_WINDOW_S = 3600.0
 DEAD_LETTER_MAX_AGE_S = 30 * 86_400.0
 CLAIM_MAX_AGE_S = 86_400.0
 """How long a done job is remembered."""
+MAX_WAITING = 4096
+"""Requests for jobs that may wait at a consumer. A worker has at most one for each slot, mostly far fewer; NATS's
+default of 512 is 32 workers of 16 slots at worst."""
 _STREAM_NOT_FOUND = 10059
 _CONSUMER_NOT_FOUND = 10014
 _NAME_IN_USE = 10058
@@ -154,6 +157,7 @@ class ConsumerSettings:
                 "ack_wait": _ns(self.ack_wait_s),
                 "max_ack_pending": self.max_ack_pending,
                 "max_deliver": -1,
+                "max_waiting": MAX_WAITING,
             },
         }
 

@@ -7,6 +7,7 @@ import pytest
 from bus import Bus, DeadLetterNotFound, EmbeddedServer, JobQueueConfig, RequestRefused, current_job
 from schemas.codec import encode
 from schemas.fault import FaultCode
+from schemas.subjects import InvalidIdentifier
 from tests.bus.jobs.queues import Task, noting, queue, until, until_dead
 from tests.graph_fixture import json_of, run_cli
 
@@ -96,6 +97,8 @@ async def test_listing_is_bounded_and_by_queue(bus: Bus) -> None:
     ]
     assert len(await bus.dead_letters.list(graph="other", queue=other.queue)) == 2
     assert await bus.dead_letters.list(graph="other", queue=config.queue) == []
+    with pytest.raises(InvalidIdentifier):
+        await bus.dead_letters.list(queue=">")
 
 
 async def test_the_command_lists_shows_replays_and_drops(bus: Bus, server: EmbeddedServer) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from nats.aio.client import Client
 
-from bus import Bus, DurableWorkUnavailable, PermissionDenied
+from bus import Bus, DurableWorkUnavailable, MediaReference, PermissionDenied
 from tests.bus.jobs.queues import Task, noting, opened, queue, stoppable_server, until
 
 PROMPTLY_S = 2.0
@@ -20,9 +20,11 @@ PROMPTLY_S = 2.0
         lambda bus: bus.submit(queue(), Task()),
         lambda bus: bus.work(queue(), noting([])),
         lambda bus: bus.dead_letters.list(),
+        lambda bus: bus.dead_letters.show(1),
         lambda bus: bus.media.put(None, b"x"),
+        lambda bus: bus.media.get(MediaReference(bucket="NIXLBUS_MEDIA", name="x", digest="", num_bytes=1)),
     ],
-    ids=["submit", "work", "dead letters", "media"],
+    ids=["submit", "work", "dlq list", "dlq show", "put", "get"],
 )
 async def test_a_server_without_jetstream_is_told_at_once(
     tmp_path: Path, use: Callable[[Bus], Awaitable[object]]
