@@ -7,6 +7,7 @@ import pytest
 from bus import Bus, DeadLetterNotFound, EmbeddedServer, JobQueueConfig, RequestRefused, current_job
 from schemas.codec import encode
 from schemas.fault import FaultCode
+from schemas.jobs import JOB_ID_HEADER
 from schemas.subjects import InvalidIdentifier
 from tests.bus.jobs.queues import Task, noting, queue, until, until_dead
 from tests.graph_fixture import json_of, run_cli
@@ -34,9 +35,12 @@ async def test_a_replayed_job_runs_again_whatever_became_of_it_before(bus: Bus) 
         ids.append((current_job().job_id, current_job().delivery_count))
 
     consumer = await bus.work(config, handler)
-    await bus.dead_letters.replay(letter.sequence)
+    headers = {"Nixlbus-Protocol": "2", JOB_ID_HEADER: "job-0"}  # the same job, submitted once more by a plain client
+    await bus._durable._jetstream.publish(config.subject(bus.subjects).name, encode(Task()), headers)
     await until(lambda: consumer.stats.num_done == 1)
-    assert ids == [("job-0", 1)]
+    await bus.dead_letters.replay(letter.sequence)
+    await until(lambda: consumer.stats.num_done == 2)
+    assert ids == [("job-0", 1), ("job-0", 1)]
     assert await bus.dead_letters.list(queue=config.queue) == []
     for gone in (bus.dead_letters.show, bus.dead_letters.replay, bus.dead_letters.drop):
         with pytest.raises(DeadLetterNotFound, match="nixlbus dlq ls"):
