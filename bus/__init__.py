@@ -1,170 +1,27 @@
 """nixlbus's public API: open a `Bus`, call and serve typed messages, move tensors by paired operations.
 
+The names stand in `bus.public_names`, which is imported when the first of them is asked for: nats alone takes a
+quarter of the time, and the pytest plugin in here is loaded by every test run of whoever has nixlbus installed.
 nixl and torch are imported when a bus opens its data plane, so that `import bus` works where they aren't installed.
 """
 
-from bus.blocks.pool import BlockLayout, BlockPool, KvBlocks
-from bus.bus import Bus
-from bus.config import BusConfig, ConfigError
-from bus.control_plane.call import CallMeter
-from bus.control_plane.embedded_server import (
-    EmbeddedServer,
-    ServerUnavailable,
-    embedded_server,
-    server_binary,
-    server_configuration,
-)
-from bus.control_plane.endpoint import EndpointConfig, Handler
-from bus.data_plane.agent import keep_stdout_clean
-from bus.data_plane.descriptor import Descriptor, Device, DeviceKind
-from bus.data_plane.memory import ArenaTensor, LocalMemory
-from bus.data_plane.probe import ProbeReport, probe_data_plane
-from bus.data_plane.transfer import TransferCancelled, TransferReport
-from bus.deadline import Deadline
-from bus.errors import (
-    AuthenticationError,
-    BusError,
-    ChecksumMismatch,
-    ConnectionLost,
-    ControlPlaneError,
-    DataPlaneError,
-    DeadLetterNotFound,
-    DeadlineExceeded,
-    Draining,
-    DurableWorkUnavailable,
-    ForeignGrant,
-    IncompatiblePeer,
-    IncompleteOperation,
-    InvalidDescriptor,
-    JobTakenOver,
-    LeaseExpired,
-    LocalProtocolError,
-    MediaMismatch,
-    MediaNotFound,
-    NoResponders,
-    NotContiguous,
-    Overloaded,
-    PayloadTooLarge,
-    PeerLost,
-    PermissionDenied,
-    PoolExhausted,
-    ReadOnlyMemory,
-    RegistrationError,
-    RemoteFault,
-    RemoteProtocolError,
-    RequestRefused,
-    StaleGrant,
-    TransferError,
-    WrongLayout,
-    WrongLength,
-    WrongPairing,
-    fault_of,
-)
-from bus.handshake.authentication import KeyFileError, write_key_file
-from bus.handshake.process_identity import identity_of
-from bus.jobs.consumer import JobConsumer
-from bus.jobs.current import CurrentJob, current_job
-from bus.jobs.dead_letters import DeadLetter, DeadLetters
-from bus.jobs.media import MediaStore
-from bus.jobs.queue import JobQueueConfig, JobReceipt
-from bus.jobs.settlement import JobHandler
-from bus.jobs.verdict import JobExpired
-from bus.operations.claim import Claim, PendingClaim
-from bus.operations.initiator import OperationReport, ReadOperation, WriteOperation
-from bus.operations.lifecycle import GrantState
-from bus.operations.target import OperationStatus, PeerOutcome, ReadableOperation, WritableOperation
-from schemas.media import MediaReference
-from schemas.operations import CompletionAck, Initiator, ProcessIdentity, RdmaMetadata
+from importlib import import_module
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "ArenaTensor",
-    "AuthenticationError",
-    "BlockLayout",
-    "BlockPool",
-    "Bus",
-    "BusConfig",
-    "BusError",
-    "CallMeter",
-    "ChecksumMismatch",
-    "Claim",
-    "CompletionAck",
-    "ConfigError",
-    "ConnectionLost",
-    "ControlPlaneError",
-    "CurrentJob",
-    "DataPlaneError",
-    "DeadLetter",
-    "DeadLetterNotFound",
-    "DeadLetters",
-    "Deadline",
-    "DeadlineExceeded",
-    "Descriptor",
-    "Device",
-    "DeviceKind",
-    "Draining",
-    "DurableWorkUnavailable",
-    "EmbeddedServer",
-    "EndpointConfig",
-    "ForeignGrant",
-    "GrantState",
-    "Handler",
-    "IncompatiblePeer",
-    "IncompleteOperation",
-    "Initiator",
-    "InvalidDescriptor",
-    "JobConsumer",
-    "JobExpired",
-    "JobHandler",
-    "JobQueueConfig",
-    "JobReceipt",
-    "JobTakenOver",
-    "KeyFileError",
-    "KvBlocks",
-    "LeaseExpired",
-    "LocalMemory",
-    "LocalProtocolError",
-    "MediaMismatch",
-    "MediaNotFound",
-    "MediaReference",
-    "MediaStore",
-    "NoResponders",
-    "NotContiguous",
-    "OperationReport",
-    "OperationStatus",
-    "Overloaded",
-    "PayloadTooLarge",
-    "PeerLost",
-    "PeerOutcome",
-    "PendingClaim",
-    "PermissionDenied",
-    "PoolExhausted",
-    "ProbeReport",
-    "ProcessIdentity",
-    "RdmaMetadata",
-    "ReadOnlyMemory",
-    "ReadOperation",
-    "ReadableOperation",
-    "RegistrationError",
-    "RemoteFault",
-    "RemoteProtocolError",
-    "RequestRefused",
-    "ServerUnavailable",
-    "StaleGrant",
-    "TransferCancelled",
-    "TransferError",
-    "TransferReport",
-    "WritableOperation",
-    "WriteOperation",
-    "WrongLayout",
-    "WrongLength",
-    "WrongPairing",
-    "current_job",
-    "embedded_server",
-    "fault_of",
-    "identity_of",
-    "keep_stdout_clean",
-    "probe_data_plane",
-    "server_binary",
-    "server_configuration",
-    "write_key_file",
-]
+if TYPE_CHECKING:
+    from bus.public_names import *  # noqa: F403
+    from bus.public_names import __all__ as __all__
+
+
+def __getattr__(name: str) -> object:
+    if name.startswith("__") and name != "__all__":  # what the import system itself asks a module for
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    offered = import_module("bus.public_names")
+    if name != "__all__" and name not in offered.__all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals().update({public: getattr(offered, public) for public in offered.__all__}, __all__=offered.__all__)
+    return globals()[name]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *import_module("bus.public_names").__all__})

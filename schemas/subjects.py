@@ -46,7 +46,10 @@ class Subjects:
         identifier("prefix", self.prefix)
 
     def graph(self, graph: str, stage: str) -> Subject:
-        """A stage of a graph (generate, decode, prefill, encode): its workers listen in a queue group."""
+        """A stage of a graph (generate, decode, prefill, encode): its workers listen in a queue group.
+
+        A graph is also the group of a plain service's endpoints.
+        """
         template = f"graph.{identifier('graph', graph)}.{identifier('stage', stage)}"
         return self._subject(template, template)
 
@@ -64,6 +67,24 @@ class Subjects:
         """Every ack for one target: its single wildcard subscription."""
         return self._subject(f"ack.{identifier('worker id', target_worker_id)}.*", "ack.{worker_id}")
 
+    def cancel(self, request_id: str) -> Subject:
+        """Says to whoever works on a request that its caller is gone."""
+        return self._subject(f"cancel.{identifier('request id', request_id)}", "cancel")
+
+    def cancellations(self) -> Subject:
+        """Every cancellation: a worker looks whether it is one of its requests."""
+        return self._subject("cancel.*", "cancel")
+
+    def job(self, graph: str, queue: str) -> Subject:
+        """Durable work of a queue, kept in a stream until it is done."""
+        template = f"job.{identifier('graph', graph)}.{identifier('queue', queue)}"
+        return self._subject(template, template)
+
+    def dead_letter(self, graph: str, queue: str) -> Subject:
+        """Jobs of a queue that could not be done."""
+        template = f"dlq.{identifier('graph', graph)}.{identifier('queue', queue)}"
+        return self._subject(template, template)
+
     def event(self, worker_id: str, kind: str) -> Subject:
         """A worker's lifecycle event (joined, ready, draining, left, drained, reaped): a hint, unless it is signed."""
         event = identifier("event", kind)
@@ -73,16 +94,6 @@ class Subjects:
         """The events of one kind, of all workers."""
         event = identifier("event", kind)
         return self._subject(f"event.*.{event}", f"event.{{worker_id}}.{event}")
-
-    def job(self, graph: str, queue: str) -> Subject:
-        """A queue of durable jobs, kept in a JetStream stream: its workers share one durable consumer."""
-        template = f"job.{identifier('graph', graph)}.{identifier('queue', queue)}"
-        return self._subject(template, template)
-
-    def dlq(self, graph: str, queue: str) -> Subject:
-        """The dead letters of a queue of durable jobs, kept in a JetStream stream."""
-        template = f"dlq.{identifier('graph', graph)}.{identifier('queue', queue)}"
-        return self._subject(template, template)
 
     def _subject(self, name: str, template: str) -> Subject:
         return Subject(f"{self.prefix}.{SUBJECT_VERSION}.{name}", template)

@@ -1,10 +1,10 @@
 """The serving side of a request: a subject, a handler, and everything between them.
 
 In: messages from anybody. Out: for each exactly one reply (or one stream of frames), which may be a fault.
-The subscription's callback only stamps and enqueues; `concurrency` slots take from a bounded queue, so that a slow
-request holds up no other and an overload is refused at once. Each request is checked (protocol, type, fields,
-deadline) before the handler sees it, runs under its deadline inside a CONSUMER span, and an exception becomes a
-typed fault. A reply is written in the encoding of its request and never echoes its headers.
+`concurrency` requests are worked on at once, `max_queued` wait, and one more is refused with the time after which to
+come back: a slow request holds up no other. Each request is checked (protocol, type, fields, deadline) before the
+handler sees it, runs under its deadline inside a CONSUMER span, ends when its caller is gone, and an exception becomes
+a typed fault. A reply is written in the encoding of its request and never echoes its headers.
 """
 
 import asyncio
@@ -12,33 +12,37 @@ import contextlib
 import inspect
 import logging
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import AsyncExitStack
+from contextvars import Context, copy_context
+from dataclasses import dataclass
 from typing import Any
 
-import msgspec
-
 from bus.control_plane.connection import Connection, Msg, Subscription
-from bus.deadline import Deadline, working_under
-from bus.errors import BusError, DeadlineExceeded, Draining, Overloaded, fault_of
+from bus.control_plane.inbox import Inbox
+from bus.control_plane.request_context import Middleware, working_on
+from bus.control_plane.work import Work
+from bus.deadline import work_under
+from bus.errors import BusError, Cancelled, DeadlineExceeded, Declined, Draining, Overloaded
 from observability import semantic_conventions as names
-from observability.active_span import SpanKind
+from observability.active_span import ROOT, Span, SpanKind
 from observability.propagation import extract
-from observability.tracing import span
-from schemas.codec import Encoding, MessageError, decode, encode, encoding_of
-from schemas.fault import Fault
+from observability.tracing import is_tracing, span
+from schemas.codec import Encoding, MessageError, decode, encoding_of
 from schemas.message import Message
 from schemas.protocol import (
-    SERVICE_ERROR_CODE_HEADER,
-    SERVICE_ERROR_HEADER,
-    TTL_HEADER,
     WrongProtocol,
     check_protocol,
 )
 from schemas.subjects import InvalidIdentifier, Subject
 
-Handler = Callable[[Any], Awaitable[Message] | AsyncGenerator[Message, None]]
+Handler = Callable[[Any], Awaitable[Message | None] | AsyncGenerator[Message, None]]
 MAX_TTL_S = 3600.0
+MAX_WINDOW_FRAMES = 65_536
+PROBE_INTERVAL_S = 1.0
+"""How often the caller of a request that takes longer than this is looked for."""
+_MIN_RETRY_AFTER_MS = 5
 
 _LOG = logging.getLogger(__name__)
 
@@ -60,142 +64,234 @@ class EndpointConfig:
     """Open to plain clients: the protocol header may be absent, and JSON is understood."""
     traced: bool = True
     """Off for the small calls inside an operation, which are events of its span."""
+    one_way: bool = False
+    """For events: there is no reply, whatever the handler returns, and no deadline but `default_ttl_s`."""
+    middleware: tuple[Middleware, ...] = ()
+    reply_type: Any = None
+    """What discovery tells of the answer: a message class, a union of frames, or None."""
 
 
 @dataclass(slots=True)
 class EndpointStats:
-    """Counters since the endpoint opened, as NATS ADR-32 names them."""
+    """Counters since the endpoint opened, as NATS ADR-32 names them, and what they leave out."""
 
     num_requests: int = 0
     num_errors: int = 0
     processing_time_ns: int = 0
     last_error: str = ""
-
-
-@dataclass(slots=True)
-class _Received:
-    message: Msg
-    at_s: float = field(default_factory=time.monotonic)
+    num_refused: int = 0
+    num_cancelled: int = 0
+    num_active: int = 0
 
 
 class Endpoint:
     """One served subject; `open` subscribes, `drain` finishes what was taken."""
 
-    def __init__(self, connection: Connection, worker_id: str, config: EndpointConfig, handler: Handler) -> None:
+    def __init__(
+        self, connection: Connection, inbox: Inbox, worker_id: str, config: EndpointConfig, handler: Handler
+    ) -> None:
         self.config = config
         self.stats = EndpointStats()
-        self._connection = connection
-        self._worker_id = worker_id
-        self._handler = handler
-        self._queue: asyncio.Queue[_Received] = asyncio.Queue(maxsize=config.max_queued)
-        self._slots: list[asyncio.Task[None]] = []
+        self.connection = connection
+        self.inbox = inbox
+        self.worker_id = worker_id
+        self._handler: Callable[[Any], Any] = handler
+        self.name = config.name
+        self.default_ttl_s = config.default_ttl_s
+        self.one_way = config.one_way
+        self._is_stream = inspect.isasyncgenfunction(handler)
+        self._waiting: deque[Work] = deque()
+        self._running: set[Work] = set()
+        self._by_request_id: dict[str, Work] = {}
         self._subscription: Subscription | None = None
+        self._probing: asyncio.TimerHandle | None = None
+        self._idle: asyncio.Future[None] | None = None
         self._draining = False
+        self._stopping = False
+        self._loop = asyncio.get_running_loop()
+        self._context = copy_context()
 
     async def open(self) -> None:
-        """Start the slots and subscribe."""
-        self._slots = [asyncio.create_task(self._slot()) for _ in range(self.config.concurrency)]
-        self._subscription = await self._connection.subscribe(
+        """Subscribe."""
+        self._subscription = await self.connection.subscribe(
             self.config.subject, self._on_message, queue_group=self.config.queue_group
         )
 
     async def drain(self, timeout_s: float) -> None:
         """Take no more, finish what was taken within `timeout_s`, then cancel what is left."""
+        deadline = self._loop.time() + timeout_s
         if self._subscription:
-            await self._connection.unsubscribe(self._subscription)
-        with contextlib.suppress(BusError):
-            await self._connection.flush(min(timeout_s, 2.0))
+            await self.connection.unsubscribe(self._subscription)
         self._draining = True
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(timeout_s):
-                await self._queue.join()
-        for slot in self._slots:
-            slot.cancel()
-        await asyncio.gather(*self._slots, return_exceptions=True)
+        if self._running:
+            self._idle = self._loop.create_future()
+            self._loop.call_at(deadline, _settle, self._idle)
+            await self._idle
+        self._stopping = True
+        for work in list(self._running):
+            work.stop()
+        tasks = [work.task for work in self._running if work.task]
+        await asyncio.gather(*tasks, return_exceptions=True)
+        while self._waiting:
+            self._refuse(self._waiting.popleft(), Draining("the worker stopped before it began this"))
+        self._by_request_id.clear()
+        if self._probing:
+            self._probing.cancel()
 
-    async def _on_message(self, message: Msg) -> None:
-        if not message.reply:
-            self.stats.num_errors += 1
-            self.stats.last_error = "a request without a reply subject has nobody to answer"
+    def cancel(self, request_id: str) -> bool:
+        """The caller of a request is gone. Returns whether it was one of ours."""
+        work = self._by_request_id.get(request_id)
+        if work is None:
+            return False
+        if work.task:
+            work.cancel_for_caller()
+        else:
+            self._waiting.remove(work)
+            del self._by_request_id[request_id]
+            self.stats.num_cancelled += 1
+        return True
+
+    def _on_message(self, message: Msg) -> None:
+        if not message.reply and not self.config.one_way:
+            self._count_error("a request without a reply subject has nobody to answer")
             return
-        try:
-            if self._draining:
-                raise Draining("the worker is draining", subject=self.config.subject.name)
-            self._queue.put_nowait(_Received(message))
-        except (Draining, asyncio.QueueFull) as error:
-            refusal = error if isinstance(error, Draining) else self._overloaded()
-            encoding = encoding_of(message.data) if self.config.public else Encoding.MSGPACK
-            await self._reply_fault(message, refusal, encoding, seq=0, trace_id="")
+        work = Work(message, self, encoding_of(message.data) if self.config.public else Encoding.MSGPACK)
+        if self._draining:
+            self._refuse(work, Draining("the worker is draining", subject=self.config.subject.name))
+        elif work.avoided and self.worker_id in work.avoided:
+            self._refuse(work, Declined("this worker has refused the request before"))
+        elif len(self._running) < self.config.concurrency:
+            self._start(work)
+        elif len(self._waiting) < self.config.max_queued:
+            self._waiting.append(work)
+            if work.request_id:
+                self._by_request_id[work.request_id] = work
+        else:
+            self._refuse(work, self._overloaded())
 
     def _overloaded(self) -> Overloaded:
         return Overloaded(
             f"{self.config.max_queued} requests wait for {self.config.concurrency} slots",
             subject=self.config.subject.name,
+            retry_after_ms=max(_MIN_RETRY_AFTER_MS, self._mean_ms()),
         )
 
-    async def _slot(self) -> None:
-        while True:
-            received = await self._queue.get()
-            started_ns = time.perf_counter_ns()
-            try:
-                await self._serve(received)
-            except asyncio.CancelledError:
-                raise
-            except BusError as error:
-                self._count_error(error)
-                _LOG.warning("no reply could be sent on %s: %s", self.config.subject.template, error)
-            finally:
-                self.stats.num_requests += 1
-                self.stats.processing_time_ns += time.perf_counter_ns() - started_ns
-                self._queue.task_done()
+    def _mean_ms(self) -> int:
+        """How long until a slot is free, if requests go on to take what they took."""
+        stats = self.stats
+        mean_ns = stats.processing_time_ns / stats.num_requests if stats.num_requests else 0.0
+        return int(mean_ns / 1e6 * (1 + len(self._waiting) / (2 * self.config.concurrency)))
 
-    async def _serve(self, received: _Received) -> None:
-        message = received.message
-        encoding = encoding_of(message.data) if self.config.public else Encoding.MSGPACK
-        with self._process_span(message, received) as process:
-            reply = _Reply(self, message, encoding, process.trace_id)
-            try:
-                with working_under(_deadline(message.headers, received.at_s, self.config.default_ttl_s)) as deadline:
-                    await self._answer(message, encoding, deadline, reply)
-            except asyncio.CancelledError as error:
-                process.fail(error)
-                await reply.fault(Draining("the worker stopped while it worked on this"))
-                if _task_is_cancelled():
-                    raise
-            except Exception as error:
-                process.fail(error)
-                self._log_fault(error, process.trace_id)
-                await reply.fault(error)
+    def _refuse(self, work: Work, refusal: BusError) -> None:
+        self.stats.num_refused += 1
+        self._refused(work, refusal, None, refusal)
 
-    async def _answer(self, message: Msg, encoding: Encoding, deadline: Deadline, reply: "_Reply") -> None:
-        if deadline.expired:
-            raise DeadlineExceeded("the request's time was up before a slot took it", subject=self.config.subject.name)
-        check_protocol(message.headers, required=not self.config.public)
-        request = decode(message.data, self.config.request_type, encoding)
+    def _start(self, work: Work) -> None:
+        self._running.add(work)
+        self.stats.num_active = len(self._running)
+        if work.request_id:
+            self._by_request_id[work.request_id] = work
+            if self._probing is None:
+                self._probing = self._loop.call_later(PROBE_INTERVAL_S, self._probe, context=Context())
+        work.task = self._loop.create_task(self._run(work), context=self._context.copy())
+
+    async def _run(self, work: Work) -> None:
+        began_ns = time.perf_counter_ns()
+        work.has_begun = True
+        expiry = self.inbox.expiries.add(work, work.deadline.at_s)
+        work_under(work.deadline)
+        working_on.set(work)
+        scope = self._process_span(work) if self._is_traced(work) else None
+        process = scope.__enter__() if scope else None
         try:
-            async with asyncio.timeout(deadline.remaining_s):
-                answer = self._handler(request)
-                if inspect.isawaitable(answer):
-                    await reply.frame(await answer)
-                else:
-                    async with contextlib.aclosing(answer) as frames:
-                        async for frame in frames:
-                            await reply.frame(frame)
-        except TimeoutError:
-            if not deadline.expired:
-                raise
-            raise DeadlineExceeded("the request's time was up", subject=self.config.subject.name) from None
+            request = self._admitted(work)
+            if self.config.middleware:
+                await self._in_middleware(work)
+            elif self._is_stream:
+                await work.stream(self._handler(request))
+            else:
+                work.reply(await self._handler(request))
+        except asyncio.CancelledError as cancelled:
+            self._refused(work, self._why_cancelled(work), process, cancelled)
+        except Exception as error:
+            self._log_fault(error, process)
+            self._refused(work, error, process, error)
+        finally:
+            if scope:
+                scope.__exit__(None, None, None)
+            self.inbox.expiries.discard(work, expiry)
+            self._finished(work)
+            self.stats.num_requests += 1
+            self.stats.processing_time_ns += time.perf_counter_ns() - began_ns
 
-    @contextlib.contextmanager
-    def _process_span(self, message: Msg, received: _Received) -> Iterator[Any]:
-        if not self.config.traced:
-            yield _NO_SPAN
+    def _is_traced(self, work: Work) -> bool:
+        begins_a_trace = is_tracing() and not self.config.one_way
+        return self.config.traced and (begins_a_trace or work.brings_a_trace)
+
+    def _finished(self, work: Work) -> None:
+        work.let_go()
+        self._running.discard(work)
+        self._by_request_id.pop(work.request_id, None)
+        while self._waiting and len(self._running) < self.config.concurrency and not self._stopping:
+            self._start(self._waiting.popleft())
+        self.stats.num_active = len(self._running)
+        if self._idle is not None and not self._running:
+            _settle(self._idle)
+
+    def _refused(self, work: Work, error: Exception | None, process: Span | None, cause: BaseException) -> None:
+        """Tell the caller of `error`, None if there is no caller any more."""
+        if process:
+            process.fail(error or cause)
+        if error is None:
+            self.stats.num_cancelled += 1
             return
-        subject = self.config.subject
-        with span(
+        self._count_error(str(error))
+        try:
+            work.fault(error, process.trace_id if process else "")
+        except BusError as failure:
+            _LOG.warning("no reply could be sent on %s: %s", self.config.subject.template, failure)
+
+    def _why_cancelled(self, work: Work) -> BusError | None:
+        """What to tell the caller, None if there is none any more."""
+        if work.caller_is_gone:
+            return None
+        if work.expired:
+            return DeadlineExceeded("the request's time was up", subject=self.config.subject.name)
+        if self._draining:
+            return Draining("the worker stopped while it worked on this")
+        return Cancelled("something that the handler waited for was cancelled")
+
+    def _admitted(self, work: Work) -> Message:
+        """The request, if it is one and may begin."""
+        message = work.message
+        if work.caller_is_gone:
+            raise asyncio.CancelledError
+        if self._stopping:
+            raise Draining("the worker stopped before it began this")
+        if work.deadline.at_s <= time.monotonic():
+            raise DeadlineExceeded("the request's time was up before a slot took it", subject=self.config.subject.name)
+        check_protocol(work.protocol, required=not (self.config.public or self.config.one_way))
+        request: Message = decode(message.data, self.config.request_type, work.encoding)
+        work.request = request
+        return request
+
+    async def _in_middleware(self, work: Work) -> None:
+        context = work.context
+        assert context is not None
+        async with AsyncExitStack() as stack:
+            for middleware in self.config.middleware:
+                await stack.enter_async_context(middleware(context))
+            if self._is_stream:
+                await work.stream(self._handler(context.message))
+            else:
+                work.reply(await self._handler(context.message))
+
+    def _process_span(self, work: Work) -> Any:
+        subject, message = self.config.subject, work.message
+        return span(
             f"process {subject.template}",
             kind=SpanKind.CONSUMER,
-            parent=extract(message.headers),
+            parent=extract(message.headers) or ROOT,
             attributes={
                 names.MESSAGING_SYSTEM: "nats",
                 names.MESSAGING_OPERATION_NAME: "process",
@@ -203,84 +299,40 @@ class Endpoint:
                 names.MESSAGING_DESTINATION_NAME: subject.name,
                 names.MESSAGING_DESTINATION_TEMPLATE: subject.template,
                 names.MESSAGING_CONSUMER_GROUP_NAME: self.config.queue_group,
-                names.MESSAGING_CLIENT_ID: self._worker_id,
+                names.MESSAGING_CLIENT_ID: self.worker_id,
                 names.MESSAGING_MESSAGE_BODY_SIZE: len(message.data),
-                names.NIXL_WAIT_QUEUE_MS: round((time.monotonic() - received.at_s) * 1e3, 3),
-            },
-        ) as process:
-            yield process
-
-    async def _reply_fault(
-        self, message: Msg, error: BaseException, encoding: Encoding, seq: int, trace_id: str
-    ) -> None:
-        fault = fault_of(error, worker_id=self._worker_id, trace_id=trace_id)
-        self._count_error(error)
-        await self._connection.publish(
-            message.reply,
-            encode(_numbered(fault, seq), encoding),
-            headers={
-                SERVICE_ERROR_HEADER: _one_line(fault.message),
-                SERVICE_ERROR_CODE_HEADER: str(fault.http_status),
+                names.NIXL_WAIT_QUEUE_MS: round((time.monotonic() - work.received_at_s) * 1e3, 3),
             },
         )
 
-    def _count_error(self, error: BaseException) -> None:
-        self.stats.num_errors += 1
-        self.stats.last_error = str(error)[:200]
+    def _probe(self) -> None:
+        """Look for the callers of what has run for a while, and go on as long as something runs."""
+        self._probing = None
+        asked_before_s = time.monotonic() - PROBE_INTERVAL_S
+        for work in self._running:
+            if work.request_id and work.message.reply and work.received_at_s < asked_before_s:
+                with contextlib.suppress(BusError):
+                    work.look_for_caller()
+        if self._running:
+            self._probing = self._loop.call_later(PROBE_INTERVAL_S, self._probe, context=Context())
 
-    def _log_fault(self, error: Exception, trace_id: str) -> None:
+    def _count_error(self, text: str) -> None:
+        self.stats.num_errors += 1
+        self.stats.last_error = text[:200]
+
+    def _log_fault(self, error: Exception, process: Span | None) -> None:
+        trace_id = process.trace_id if process else ""
         if isinstance(error, (BusError, MessageError, WrongProtocol, InvalidIdentifier)):
             _LOG.info("%s refused a request (trace %s): %s", self.config.subject.template, trace_id or "-", error)
         else:
             _LOG.exception("%s failed (trace %s)", self.config.subject.template, trace_id or "-")
 
 
-class _Reply:
-    """The frames of one answer, counted."""
-
-    def __init__(self, endpoint: Endpoint, message: Msg, encoding: Encoding, trace_id: str) -> None:
-        self._endpoint = endpoint
-        self._message = message
-        self._encoding = encoding
-        self._trace_id = trace_id
-        self._num_frames = 0
-
-    async def frame(self, message: Message) -> None:
-        payload = encode(message, self._encoding)
-        await self._endpoint._connection.publish(self._message.reply, payload)
-        self._num_frames += 1
-
-    async def fault(self, error: BaseException) -> None:
-        await self._endpoint._reply_fault(self._message, error, self._encoding, self._num_frames, self._trace_id)
-
-
-class _NoSpan:
-    trace_id = ""
-
-    def fail(self, error: BaseException) -> None:
-        """Nothing records."""
-
-
-_NO_SPAN = _NoSpan()
-
-
-def _deadline(headers: Mapping[str, str] | None, received_at_s: float, default_ttl_s: float) -> Deadline:
-    text = (headers or {}).get(TTL_HEADER)
-    try:
-        ttl_s = default_ttl_s if text is None else min(int(text) / 1000, MAX_TTL_S)
-    except ValueError:
-        ttl_s = default_ttl_s
-    return Deadline(received_at_s + ttl_s)
+def _settle(future: "asyncio.Future[None]") -> None:
+    if not future.done():
+        future.set_result(None)
 
 
 def _task_is_cancelled() -> bool:
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0
-
-
-def _numbered(fault: Fault, seq: int) -> Fault:
-    return msgspec.structs.replace(fault, seq=seq) if seq else fault
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split()).encode("ascii", "replace").decode()[:500]

@@ -68,7 +68,7 @@ class PullSubscription:
 
     async def open(self, timeout_s: float) -> None:
         """Subscribe and ask for the first time. Raises `PermissionDenied`, `ConnectionLost`."""
-        self._subscription = await self._connection.subscribe(f"{self._inbox}.*", self._on_message)
+        self._subscription = await self._connection.subscribe(f"{self._inbox}.*", self._on_message, queue_group=None)
         self._ask(self._free_slots())
         await self._connection.confirm_subscriptions(timeout_s)
         if self._denied:
@@ -139,7 +139,7 @@ class PullSubscription:
             self._num_asked += batch
             num_messages -= batch
 
-    async def _on_message(self, message: Msg) -> None:
+    def _on_message(self, message: Msg) -> None:
         self._heard_at_s = time.monotonic()
         if message.reply.startswith(ACK_PREFIX):
             self._pause_s = _FIRST_PAUSE_S
@@ -148,8 +148,10 @@ class PullSubscription:
             if delivery is not None:
                 self._on_delivery(delivery)
             return
-        headers = message.headers or {}
+        headers = message.headers
         status = headers.get("Status", "")
+        if not status:
+            return
         unserved = headers.get("Nats-Pending-Messages", "")
         self._num_asked = max(0, self._num_asked - int(unserved)) if unserved.isdigit() else 0
         if status == "408":  # its time is over, as agreed

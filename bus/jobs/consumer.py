@@ -49,6 +49,7 @@ class JobConsumer:
             config.max_deliver,
         )
         self._active: dict[asyncio.Task[None], _Active] = {}
+        self._in_hand: set[str] = set()
         self._pull = PullSubscription(
             place.jetstream.connection, self._consumer.name, self._free_slots, self._on_delivery, self._provision
         )
@@ -99,12 +100,15 @@ class JobConsumer:
         return self.config.concurrency - len(self._active)
 
     def _on_delivery(self, delivery: Delivery) -> None:
+        if delivery.ack_subject in self._in_hand:
+            return  # the same delivery on two connections, while one takes over from the other
+        self._in_hand.add(delivery.ack_subject)
         task = asyncio.create_task(self._work(delivery), context=Context())
         self._active[task] = _Active(delivery)
         task.add_done_callback(self._on_settled)
 
     def _on_settled(self, task: "asyncio.Task[None]") -> None:
-        del self._active[task]
+        self._in_hand.discard(self._active.pop(task).delivery.ack_subject)
         self._pull.slot_freed()
         if not task.cancelled() and (error := task.exception()):
             _LOG.error("a delivery on %s was left unsettled", self._place.subject.template, exc_info=error)

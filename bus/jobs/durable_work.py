@@ -9,7 +9,8 @@ import secrets
 import time
 
 from bus.config import BusConfig
-from bus.control_plane.connection import Connection, header_bytes
+from bus.control_plane.connection import Connection
+from bus.control_plane.direct_client import header_block
 from bus.control_plane.inbox import Inbox
 from bus.control_plane.jetstream import API_TIMEOUT_S, JetStream, NoStream, Stored
 from bus.errors import LocalProtocolError, PayloadTooLarge
@@ -136,7 +137,7 @@ class DurableWork:
         limit_bytes = self._jetstream.connection.max_payload_bytes - HEADROOM_BYTES
         if len(payload) + _ANY_HEADERS_BYTES <= limit_bytes:
             return
-        num_bytes = len(payload) + header_bytes(headers)
+        num_bytes = len(payload) + len(header_block(headers))
         if num_bytes > limit_bytes:
             raise PayloadTooLarge(
                 f"a job of {num_bytes:,} bytes is over {limit_bytes:,}: the NATS server's max_payload, less "

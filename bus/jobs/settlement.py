@@ -38,7 +38,7 @@ from observability.propagation import TRACEPARENT, extract, inject
 from schemas.codec import Encoding, MessageError, decode, encoding_of
 from schemas.fault import Fault, FaultCode
 from schemas.message import Message
-from schemas.protocol import TTL_HEADER, WrongProtocol, check_protocol
+from schemas.protocol import PROTOCOL_HEADER, TTL_HEADER, WrongProtocol, check_protocol
 from schemas.subjects import InvalidIdentifier, Subject
 
 JobHandler = Callable[[Any], Awaitable[None]]
@@ -187,7 +187,7 @@ class Settlement:
         return Deadline(time.monotonic() + min(limit_s, left_s)), left_s <= limit_s
 
     def _decoded(self) -> Message:
-        check_protocol(self._delivery.headers, required=not self._config.public)
+        check_protocol(self._delivery.headers.get(PROTOCOL_HEADER), required=not self._config.public)
         payload = self._delivery.payload
         encoding = encoding_of(payload) if self._config.public else Encoding.MSGPACK
         return decode(payload, self._config.message_type, encoding)

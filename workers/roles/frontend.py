@@ -11,11 +11,11 @@ import contextlib
 import json
 import secrets
 import socket
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
-from contextlib import aclosing
-from typing import Any, ClassVar
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterator
+from contextlib import AsyncExitStack, aclosing
+from typing import Any, ClassVar, TypeVar
 
-from bus import Bus, BusError, ConfigError, RequestRefused, fault_of
+from bus import Bus, BusError, ConfigError, RequestRefused, RetryPolicy, fault_of
 from observability import semantic_conventions as names
 from observability.active_span import Span, SpanKind
 from observability.propagation import extract
@@ -23,8 +23,8 @@ from observability.tracing import start_span
 from schemas.fault import Fault, FaultCode
 from schemas.generate import GenerateChunk, GenerateDone, GenerateRequest
 from workers import openai_api
+from workers.roles.graph_worker import GraphWorker
 from workers.settings import Settings
-from workers.worker import Worker
 
 try:
     import uvicorn
@@ -36,11 +36,12 @@ except ImportError as error:  # pragma: no cover
     raise ImportError("the frontend needs starlette and uvicorn: pip install 'nixlbus[http]'") from error
 
 ROUTE = "/v1/chat/completions"
+T = TypeVar("T")
 MAX_BODY_BYTES = 12 << 20
 """An image of 8 MiB, the bus's max_payload, is 10.7 MiB as base64."""
 
 
-class FrontendWorker(Worker):
+class FrontendWorker(GraphWorker):
     """Serves HTTP on the worker's own event loop."""
 
     role: ClassVar[str] = "frontend"
@@ -97,10 +98,12 @@ class FrontendWorker(Worker):
         try:
             request = openai_api.parse(await _body(http))
             frames = self._frames(openai_api.to_generate_request(request), server_span)
-            first = await anext(frames)
-            if not request.stream:
-                async with aclosing(frames):
-                    return await _complete(first, frames, server_span)
+            async with AsyncExitStack() as stack:
+                await stack.enter_async_context(aclosing(frames))
+                first = await _unless_gone(http, anext(frames))
+                if not request.stream:
+                    return await _unless_gone(http, _complete(first, frames, server_span))
+                stack.pop_all()
             handed_over = True
             events = _events(request, first, frames, server_span)
             headers = {**_trace_header(server_span), "Cache-Control": "no-cache"}
@@ -121,6 +124,7 @@ class FrontendWorker(Worker):
             GenerateChunk,
             GenerateDone,
             timeout_s=self.settings.request_timeout_s,
+            retry=RetryPolicy(),
             parent=server_span,
         )
 
@@ -171,6 +175,25 @@ async def _body(http: Request) -> bytes:
                 remedy="send smaller images",
             )
     return bytes(body)
+
+
+async def _unless_gone(http: Request, work: Awaitable[T]) -> T:
+    """The result of `work`, which is cancelled when the client goes away: raises `ClientDisconnect` then."""
+    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(http))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientDisconnect
+        return await working
+    finally:
+        for task in (working, leaving):
+            task.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+async def _disconnected(http: Request) -> None:
+    while (await http.receive())["type"] != "http.disconnect":
+        pass
 
 
 async def _complete(first: GenerateChunk | GenerateDone, frames: AsyncIterator[Any], server_span: Span) -> Response:

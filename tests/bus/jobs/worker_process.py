@@ -30,8 +30,8 @@ async def main(url: str, worker_id: str, name: str, journal: str, mode: str) -> 
         note(f"effect {task.number} {worker_id} {current_job().delivery_count}")
 
     async with Bus.open(BusConfig(worker_id=worker_id, nats_url=url), data_plane=False) as bus:
-        await bus.work(queue(queue=name, concurrency=4, ack_wait_s=1.5, max_deliver=3), handler)
         print("ready", flush=True)
+        await bus.work(queue(queue=name, concurrency=4, ack_wait_s=1.5, max_deliver=3), handler)
         await asyncio.to_thread(sys.stdin.read)
 
 
