@@ -82,7 +82,7 @@ def address_of(subject: Subject) -> str:
 def document(
     channels: Iterable[Channel], *, title: str, version: str, server: str = "127.0.0.1:4222", description: str = ""
 ) -> dict[str, Any]:
-    """The AsyncAPI document of `channels`; of several with one name, the first.
+    """The AsyncAPI document of `channels`. Several may have one name: who listens in another way, or to other messages.
 
     `server` is a NATS server's host and port, without credentials.
     """
@@ -91,9 +91,11 @@ def document(
     described: dict[str, Any] = {}
     operations: dict[str, Any] = {}
     for channel in channels:
-        if channel.name not in described:
-            described.update(_channels(channel, components))
-            operations.update(_operations(channel, described))
+        own = _channels(channel, components)
+        for name, parts in own.items():
+            known = described.setdefault(name, parts)
+            known["messages"] = parts["messages"] | known["messages"]
+        _add(operations, _operations(channel, own))
     return {
         "asyncapi": "3.0.0",
         "info": {"title": title, "version": version, "description": f"{description}\n\n{_DESCRIPTION}".strip()},
@@ -103,7 +105,10 @@ def document(
         "operations": operations,
         "components": {
             "schemas": dict(sorted((components.schemas | _HEADERS).items())),
-            "messages": {"fault": _message("fault", fault, MSGPACK, "FaultHeaders")},
+            "messages": {
+                "fault": _message("fault", fault, MSGPACK, "FaultHeaders"),
+                "fault.json": _message("fault", fault, JSON, "FaultHeaders"),
+            },
         },
     }
 
@@ -119,12 +124,13 @@ def _channels(channel: Channel, components: "_Components") -> dict[str, Any]:
         described["parameters"] = parameters
     if not _is_answered(channel):
         return {channel.name: described}
+    faults = ("fault", "fault.json") if channel.public else ("fault",)
     replies: dict[str, Any] = {
         "address": None,
         "summary": f"The reply subject of a request on {channel.name}.",
         "messages": {
-            **_messages(channel, components.members(channel.reply), ""),
-            "fault": {"$ref": "#/components/messages/fault"},
+            **(_messages(channel, components.members(channel.reply), "") if channel.reply else {}),
+            **{fault: {"$ref": f"#/components/messages/{fault}"} for fault in faults},
         },
     }
     return {channel.name: described, _reply_name(channel): replies}
@@ -159,6 +165,14 @@ def _is_answered(channel: Channel) -> bool:
 
 def _reply_name(channel: Channel) -> str:
     return f"{channel.name}.reply"
+
+
+def _add(operations: dict[str, Any], more: Mapping[str, Any]) -> None:
+    """Add operations; one that is there already, as of a second instance, is not added again."""
+    for name, operation in more.items():
+        names = (name, *(f"{name}-{number}" for number in range(2, len(operations) + 3)))
+        free = next(each for each in names if operations.get(each, operation) == operation)
+        operations[free] = operation
 
 
 def _operations(channel: Channel, described: Mapping[str, Any]) -> dict[str, Any]:

@@ -102,8 +102,23 @@ def test_only_a_public_channel_speaks_json_and_needs_no_header() -> None:
         "application/msgpack",
         "application/json",
     ]
+    assert found["channels"]["a.reply"]["messages"].keys() == {"ask", "ask.json", "fault", "fault.json"}
     assert "required" not in found["components"]["schemas"]["PublicRequestHeaders"]
     assert found["components"]["schemas"]["RequestHeaders"]["required"] == ["Nixlbus-Protocol"]
+
+
+def test_listeners_of_one_subject_are_told_each_and_instances_once() -> None:
+    def listener(queue_group: str, message_type: Any) -> Channel:
+        schema = json_schema(message_type)
+        return Channel(name="e", address="nixlbus.v1.e", kind="event", request=schema, queue_group=queue_group)
+
+    found = described(listener("a", Ask), listener("b", Token), listener("a", Ask), listener("b", Token))
+    assert found["channels"]["e"]["messages"].keys() == {"ask", "token"}
+    assert {name: each["bindings"]["nats"]["queue"] for name, each in found["operations"].items()} == {
+        "e.receive": "a",
+        "e.receive-2": "b",
+    }
+    assert found["operations"]["e.receive-2"]["messages"] == [{"$ref": "#/channels/e/messages/token"}]
 
 
 def test_a_tuple_is_told_in_the_dialect_of_the_document() -> None:
