@@ -368,7 +368,7 @@ class Bus:
             version=version,
             metadata={"nixlbus": version, "epoch": self.epoch, **metadata},
         )
-        shown = [e for e in self._endpoints if e.config.traced and not e.config.one_way]
+        shown = [endpoint for endpoint in self._endpoints if endpoint.config.traced]
         self._service = Service(self._connection, identity, shown)
         await self._service.open()
         await self._connection.confirm_subscriptions(self.config.connect_timeout_s)

@@ -6,6 +6,7 @@ nixl and torch are imported when a bus opens its data plane, so that this works 
 
 from bus.blocks.pool import BlockLayout, BlockPool, KvBlocks
 from bus.bus import Bus
+from bus.channels import bus_channels
 from bus.config import BusConfig, ConfigError
 from bus.control_plane.call import CallMeter
 from bus.control_plane.declaration import Place, StreamCall, UnaryCall
@@ -187,6 +188,7 @@ __all__ = [
     "WrongLayout",
     "WrongLength",
     "WrongPairing",
+    "bus_channels",
     "current_job",
     "current_request",
     "embedded_server",

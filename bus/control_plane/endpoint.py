@@ -111,6 +111,18 @@ class Endpoint:
         self._loop = asyncio.get_running_loop()
         self._context = copy_context()
 
+    @property
+    def kind(self) -> str:
+        """What it is to a caller: "unary", "stream" or "event"."""
+        if self.config.one_way:
+            return "event"
+        return "stream" if inspect.isasyncgenfunction(self._handler) else "unary"
+
+    @property
+    def num_queued(self) -> int:
+        """Requests that wait for a slot."""
+        return len(self._waiting)
+
     async def open(self) -> None:
         """Subscribe."""
         self._subscription = await self.connection.subscribe(

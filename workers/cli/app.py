@@ -126,12 +126,34 @@ def request(
 def ps(
     nats: NatsUrl = None,
     worker_id: Annotated[str | None, typer.Option("--id", help="This worker alone; exit status 1 if not live.")] = None,
+    endpoints: Annotated[bool, typer.Option("--endpoints", help="A line for each endpoint.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """List the live workers, by NATS service discovery."""
     from workers.cli import ps as command
 
-    _run(command.run(nats, worker_id, as_json), as_json)
+    _run(command.run(nats, worker_id, endpoints, as_json), as_json)
+
+
+@app.command()
+def asyncapi(
+    targets: Annotated[
+        list[str] | None, typer.Argument(help="Workers' classes, module:Class. [default: the packaged graph]")
+    ] = None,
+    live: Annotated[bool, typer.Option("--live", help="Describe the live workers instead.")] = False,
+    nats: NatsUrl = None,
+    graph: Annotated[
+        str | None,
+        typer.Option("--graph", help="Name of the graph, or group of the classes. [default: vlm, or theirs]"),
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Write to this file. [default: stdout]")] = None,
+) -> None:
+    """Write an AsyncAPI 3.0 document (JSON) of every subject."""
+    from workers.cli import asyncapi as command
+
+    if live and (targets or graph):
+        raise typer.BadParameter("--live describes whatever is live: it takes neither classes nor --graph")
+    _run(command.run(targets, live, nats, graph, out), as_json=False)
 
 
 @app.command()

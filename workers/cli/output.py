@@ -9,9 +9,13 @@ import sys
 from typing import Any
 
 from rich.console import Console
+from rich.table import Table
 
 from bus import BusError, RemoteFault, RequestRefused
 from workers.process import Progress
+
+_WIDEST = 10_000
+"""Characters; wider than any table."""
 
 
 class Output:
@@ -31,6 +35,12 @@ class Output:
         """Something to read, without `--json`."""
         if not self.as_json:
             self.console.print(*renderables, end=end)
+
+    def table(self, table: Table) -> None:
+        """A table at its full width, without `--json`: a narrower terminal wraps its lines, and nothing is cut."""
+        needed = self.console.measure(table, options=self.console.options.update(width=_WIDEST)).maximum
+        self.console.width = max(self.console.width, needed)
+        self.text(table)
 
     def note(self, text: str) -> None:
         """A remark on stderr."""
