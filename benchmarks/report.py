@@ -68,7 +68,7 @@ class Report:
     def check(
         self, name: str, value: float, limit: float, better: str = "lower", *, spread: tuple[float, float] | None = None
     ) -> None:
-        """Hold a value against its limit; `better` is "lower" or "higher", `spread` the least and greatest of a median."""
+        """Hold a value against its limit; `better` is "lower" or "higher", `spread` the quartiles of a median."""
         met = value <= limit if better == "lower" else value >= limit
         check = {"name": name, "value": round(value, 3), "limit": limit, "better": better, "ok": met}
         self.checks.append(check | ({"spread": [round(each, 3) for each in spread]} if spread else {}))

@@ -27,6 +27,7 @@ BAGGAGE = "baggage"
 
 _BAGGAGE_PROPAGATOR = W3CBaggagePropagator()
 
+_PLAIN = re.compile(r"00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}", re.ASCII)
 _TRACEPARENT = re.compile(
     r"(?P<version>[0-9a-f]{2})(?P<ids>-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2})(?P<rest>-[\x21-\x7e]*)?",
     re.ASCII,
@@ -70,18 +71,20 @@ def extract(headers: Mapping[str, str] | None) -> SpanContext | None:
     if not headers:
         return None
     parent = state = members = None
-    for name, value in headers.items():
+    for name in headers:
         # By length first: most headers are none of the three, and lower() costs as much as the rest of this.
-        match len(name):
-            case 11 if name == TRACEPARENT or name.lower() == TRACEPARENT:
-                parent = value
-            case 10 if name.lower() == TRACESTATE:
-                state = value
-            case 7 if name.lower() == BAGGAGE:
-                members = value
+        length = len(name)
+        if length == 11 and (name == TRACEPARENT or name.lower() == TRACEPARENT):
+            parent = headers[name]
+        elif length == 10 and name.lower() == TRACESTATE:
+            state = headers[name]
+        elif length == 7 and name.lower() == BAGGAGE:
+            members = headers[name]
     header = _checked(parent)
     if header is None:
         return None
+    if state is None and members is None:
+        return SpanContext(PassingSpan(header))
     return SpanContext(PassingSpan(header, _parse_tracestate(_value(state))), _parse_baggage(_value(members)))
 
 
@@ -100,6 +103,10 @@ def _value(value: object) -> str | None:
 
 def _checked(value: object) -> str | None:
     """Return a traceparent as version 00 writes it, or None for what is none."""
+    if value is None:
+        return None
+    if type(value) is str and _PLAIN.fullmatch(value):
+        return value
     if not isinstance(value, str) or (match := _TRACEPARENT.fullmatch(value.strip(" \t"))) is None:
         return None
     version, rest = match["version"], match["rest"]

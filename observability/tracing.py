@@ -251,8 +251,7 @@ def _dropped(above: trace.Span) -> PassingSpan | None:
     if isinstance(above, PassingSpan):
         drops = not above.is_sampled if _sampler.follows_parent else _sampler.drops(above.trace_id)
         return above.not_sampled() if drops else None
-    otel = above.get_span_context()
-    if not otel.is_valid:
+    if above is trace.INVALID_SPAN or not (otel := above.get_span_context()).is_valid:
         return _dropped_root()
     drops = not otel.trace_flags.sampled if _sampler.follows_parent else _sampler.drops(otel.trace_id)
     if not drops or (passing := passing_span_of(above)) is None:
