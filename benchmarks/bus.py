@@ -40,6 +40,9 @@ BURST_SPANS = 20_000
 SLOW_COLLECTOR_S = 0.05
 """What the slow collector takes for each batch of 512 spans."""
 
+EXPORTER_START_S = 0.2
+"""Until gRPC's threads have come to rest."""
+
 Cell = tuple[str, int]
 """A system and how many requests it has in flight."""
 
@@ -111,7 +114,7 @@ class Measurement:
         self.faststream = faststream
         self.collector = collector
         self.counts = {1: 300, 32: 3200} if quick else {1: 1500, 32: 9600}
-        self.hop_counts = {1: 200, 32: 1600}
+        self.hop_counts = {1: 300, 32: 1600}
         self.num_jobs = 1600 if quick else 4800
         self.rounds = 5 if quick else 11
         self.hop_rounds = 15 if quick else 45
@@ -145,10 +148,11 @@ class Measurement:
 
     async def hop_round(self) -> None:
         """Each way of tracing once at each concurrency."""
-        for concurrency, count in self.hop_counts.items():
-            for system, ratio in TRACED_RATIO.items():
-                await self.trace(ratio)
-                await self.client.ask("many", system=OURS, count=count, concurrency=concurrency)  # the exporter's start
+        for system, ratio in TRACED_RATIO.items():
+            await self.trace(ratio)
+            await self.client.ask("many", system=OURS, count=200, concurrency=1)
+            await asyncio.sleep(EXPORTER_START_S)
+            for concurrency, count in self.hop_counts.items():
                 await self.request(self.client, self.responder, OURS, count, self.hops[system, concurrency])
         await self.trace(None)
 
