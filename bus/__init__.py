@@ -7,6 +7,7 @@ from bus.blocks.pool import BlockLayout, BlockPool, KvBlocks
 from bus.bus import Bus
 from bus.config import BusConfig, ConfigError
 from bus.control_plane.call import CallMeter
+from bus.control_plane.declaration import Place, StreamCall, UnaryCall
 from bus.control_plane.embedded_server import (
     EmbeddedServer,
     ServerUnavailable,
@@ -14,7 +15,8 @@ from bus.control_plane.embedded_server import (
     server_binary,
     server_configuration,
 )
-from bus.control_plane.endpoint import EndpointConfig, Handler
+from bus.control_plane.endpoint import EndpointConfig, Handler, Middleware, RequestContext, current_request
+from bus.control_plane.retry import THRICE, RetryPolicy
 from bus.data_plane.agent import keep_stdout_clean
 from bus.data_plane.descriptor import Descriptor, Device, DeviceKind
 from bus.data_plane.memory import ArenaTensor, LocalMemory
@@ -24,11 +26,13 @@ from bus.deadline import Deadline
 from bus.errors import (
     AuthenticationError,
     BusError,
+    Cancelled,
     ChecksumMismatch,
     ConnectionLost,
     ControlPlaneError,
     DataPlaneError,
     DeadlineExceeded,
+    Declined,
     Draining,
     ForeignGrant,
     IncompatiblePeer,
@@ -61,9 +65,12 @@ from bus.operations.claim import Claim, PendingClaim
 from bus.operations.initiator import OperationReport, ReadOperation, WriteOperation
 from bus.operations.lifecycle import GrantState
 from bus.operations.target import OperationStatus, PeerOutcome, ReadableOperation, WritableOperation
+from schemas.message import Message, Part
 from schemas.operations import CompletionAck, Initiator, ProcessIdentity, RdmaMetadata
+from schemas.stream import Frame, LastFrame
 
 __all__ = [
+    "THRICE",
     "ArenaTensor",
     "AuthenticationError",
     "BlockLayout",
@@ -72,6 +79,7 @@ __all__ = [
     "BusConfig",
     "BusError",
     "CallMeter",
+    "Cancelled",
     "ChecksumMismatch",
     "Claim",
     "CompletionAck",
@@ -81,6 +89,7 @@ __all__ = [
     "DataPlaneError",
     "Deadline",
     "DeadlineExceeded",
+    "Declined",
     "Descriptor",
     "Device",
     "DeviceKind",
@@ -88,6 +97,7 @@ __all__ = [
     "EmbeddedServer",
     "EndpointConfig",
     "ForeignGrant",
+    "Frame",
     "GrantState",
     "Handler",
     "IncompatiblePeer",
@@ -96,19 +106,24 @@ __all__ = [
     "InvalidDescriptor",
     "KeyFileError",
     "KvBlocks",
+    "LastFrame",
     "LeaseExpired",
     "LocalMemory",
     "LocalProtocolError",
+    "Message",
+    "Middleware",
     "NoResponders",
     "NotContiguous",
     "OperationReport",
     "OperationStatus",
     "Overloaded",
+    "Part",
     "PayloadTooLarge",
     "PeerLost",
     "PeerOutcome",
     "PendingClaim",
     "PermissionDenied",
+    "Place",
     "PoolExhausted",
     "ProbeReport",
     "ProcessIdentity",
@@ -119,17 +134,22 @@ __all__ = [
     "RegistrationError",
     "RemoteFault",
     "RemoteProtocolError",
+    "RequestContext",
     "RequestRefused",
+    "RetryPolicy",
     "ServerUnavailable",
     "StaleGrant",
+    "StreamCall",
     "TransferCancelled",
     "TransferError",
     "TransferReport",
+    "UnaryCall",
     "WritableOperation",
     "WriteOperation",
     "WrongLayout",
     "WrongLength",
     "WrongPairing",
+    "current_request",
     "embedded_server",
     "fault_of",
     "identity_of",

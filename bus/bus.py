@@ -7,22 +7,24 @@ they took, operations end or are fenced, then the connections go.
 """
 
 import asyncio
+import inspect
 import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 from bus.config import BusConfig
-from bus.control_plane.call import Caller, CallMeter
-from bus.control_plane.connection import Connection, redacted
+from bus.control_plane.call import DEFAULT_WINDOW_FRAMES, Caller, CallMeter, trace_headers
+from bus.control_plane.connection import Connection, Msg, redacted
+from bus.control_plane.declaration import StreamCall, UnaryCall
 from bus.control_plane.discovery import Service, ServiceIdentity, discover
-from bus.control_plane.endpoint import Endpoint, EndpointConfig, Handler
+from bus.control_plane.endpoint import Endpoint, EndpointConfig, Handler, Middleware
 from bus.control_plane.inbox import Inbox
-from bus.control_plane.peer_service import typed
+from bus.control_plane.retry import ONCE, RetryPolicy
 from bus.data_lane import REAPED_EVENT, DataLane
 from bus.data_plane.memory import RegisteredMemory, TensorArena
 from bus.deadline import Deadline
-from bus.errors import AuthenticationError, BusError, LocalProtocolError
+from bus.errors import AuthenticationError, BusError, LocalProtocolError, RemoteFault
 from bus.handshake import exchange, statements
 from bus.handshake.authentication import KeyRing
 from bus.operations import dynamo
@@ -39,11 +41,13 @@ from bus.operations.initiator import (
 from bus.operations.lanes import lanes_to
 from bus.operations.target import PassiveOperation, ReadableOperation, WritableOperation
 from observability.active_span import Span
+from observability.tracing import current_span
 from schemas.codec import encode
 from schemas.dynamo import DynamoMetadata
 from schemas.handshake import AgentMetadataRequest
 from schemas.message import Message
 from schemas.operations import Initiator, OperationKind, ProcessIdentity, RdmaMetadata
+from schemas.stream import StreamEnd
 from schemas.subjects import Subject, Subjects
 
 LocalData = Any
@@ -53,6 +57,8 @@ Remote = RdmaMetadata | Claim | DynamoMetadata
 """What an operation is begun with."""
 
 T = TypeVar("T")
+F = TypeVar("F")
+Q = TypeVar("Q", bound=Message)
 M = TypeVar("M", bound=Message)
 
 
@@ -68,8 +74,10 @@ class Bus:
         self._loop = asyncio.get_running_loop()
         self._connection = connection
         self._inbox = Inbox(connection)
-        self._caller = Caller(connection, self._inbox)
+        self._caller = Caller(connection, self._inbox, self.subjects)
         self._endpoints: list[Endpoint] = []
+        self._hears_cancellations = False
+        self._is_draining = False
         self._service: Service | None = None
         self._data_plane: DataLane | None = None
 
@@ -106,58 +114,195 @@ class Bus:
         """The NATS server's URL, without credentials."""
         return redacted(self.config.nats_url)
 
-    @property
-    def connection_lost(self) -> "asyncio.Future[str]":
-        """Resolves, with the reason, when NATS is gone for good."""
-        return self._connection.closed
+    @overload
+    def request(
+        self,
+        call: UnaryCall[Q, M],
+        message: Q,
+        /,
+        *,
+        timeout_s: float | None = None,
+        retry: RetryPolicy | None = None,
+        meter: CallMeter | None = None,
+    ) -> Coroutine[Any, Any, M]: ...
 
-    async def request(
+    @overload
+    def request(
+        self,
+        subject: Subject,
+        message: Message,
+        reply_type: type[M],
+        /,
+        *,
+        timeout_s: float,
+        retry: RetryPolicy | None = None,
+        meter: CallMeter | None = None,
+    ) -> Coroutine[Any, Any, M]: ...
+
+    def request(
+        self,
+        target: UnaryCall[Any, Any] | Subject,
+        message: Message,
+        reply_type: Any = None,
+        /,
+        *,
+        timeout_s: float | None = None,
+        retry: RetryPolicy | None = None,
+        meter: CallMeter | None = None,
+    ) -> Coroutine[Any, Any, Any]:
+        """Send a typed request and return its reply.
+
+        `target`: an endpoint of a worker's class (`Calculator.add`), which brings its reply's type, time and retries;
+        or a subject, with `reply_type` and `timeout_s`, sent once unless `retry` says otherwise. If the awaiting task
+        is cancelled, so is the work.
+
+        Raises `RemoteFault`, `NoResponders`, `DeadlineExceeded`, `ConnectionLost`, `PermissionDenied`,
+        `PayloadTooLarge`, `RemoteProtocolError`; each as soon as it is known.
+        """
+        if isinstance(target, UnaryCall):
+            subject, reply_type = target.place.subject(self.subjects), target.reply_type
+            timeout_s = target.timeout_s if timeout_s is None else timeout_s
+            retry = retry or target.retry
+        else:
+            subject = target
+        assert timeout_s is not None
+        return self._caller.request(subject, message, reply_type, timeout_s=timeout_s, meter=meter, retry=retry or ONCE)
+
+    @overload
+    def stream(
+        self,
+        call: StreamCall[Q, F],
+        message: Q,
+        /,
+        *,
+        timeout_s: float | None = None,
+        window_frames: int = DEFAULT_WINDOW_FRAMES,
+        retry: RetryPolicy | None = None,
+        meter: CallMeter | None = None,
+        parent: Span | None = None,
+    ) -> AsyncGenerator[F, None]: ...
+
+    @overload
+    def stream(
+        self,
+        subject: Subject,
+        message: Message,
+        frame_type: Any,
+        last_type: type[Message] = ...,
+        /,
+        *,
+        timeout_s: float,
+        window_frames: int = DEFAULT_WINDOW_FRAMES,
+        retry: RetryPolicy | None = None,
+        meter: CallMeter | None = None,
+        parent: Span | None = None,
+    ) -> AsyncGenerator[Any, None]: ...
+
+    def stream(
+        self,
+        target: StreamCall[Any, Any] | Subject,
+        message: Message,
+        frame_type: Any = None,
+        last_type: type[Message] = StreamEnd,
+        /,
+        *,
+        timeout_s: float | None = None,
+        window_frames: int = DEFAULT_WINDOW_FRAMES,
+        retry: RetryPolicy | None = None,
+        meter: CallMeter | None = None,
+        parent: Span | None = None,
+    ) -> AsyncGenerator[Any, None]:
+        """Send a typed request and yield the frames of its answer; see `Caller.stream`.
+
+        Arguments as for `request`. Close it with `contextlib.aclosing`: a stream that nobody reads any further is then
+        cancelled at once.
+        """
+        if isinstance(target, StreamCall):
+            subject, frame_type = target.place.subject(self.subjects), target.frame_type
+            timeout_s = target.timeout_s if timeout_s is None else timeout_s
+            retry = retry or target.retry
+        else:
+            subject = target
+        assert timeout_s is not None
+        return self._caller.stream(
+            subject,
+            message,
+            frame_type,
+            last_type,
+            timeout_s=timeout_s,
+            window_frames=window_frames,
+            meter=meter,
+            parent=parent,
+            retry=retry or ONCE,
+        )
+
+    def request_many(
         self,
         subject: Subject,
         message: Message,
         reply_type: type[M],
         *,
         timeout_s: float,
-        meter: CallMeter | None = None,
-    ) -> M:
-        """Send a typed request and return its reply; see `Caller.request`."""
-        return await self._caller.request(subject, message, reply_type, timeout_s=timeout_s, meter=meter)
-
-    def stream(
-        self,
-        subject: Subject,
-        message: Message,
-        frame_type: type[Message],
-        last_type: type[Message],
-        *,
-        timeout_s: float,
-        meter: CallMeter | None = None,
-        parent: Span | None = None,
-    ) -> AsyncGenerator[Any, None]:
-        """Send a typed request and yield the frames of its answer; see `Caller.stream`. Close it with `aclosing`."""
-        return self._caller.stream(
-            subject, message, frame_type, last_type, timeout_s=timeout_s, meter=meter, parent=parent
+        quiet_s: float | None = None,
+        max_replies: int | None = None,
+    ) -> AsyncGenerator[M | RemoteFault, None]:
+        """Ask everybody who listens on `subject` and yield their replies as they come; see `Caller.request_many`."""
+        return self._caller.request_many(
+            subject, message, reply_type, timeout_s=timeout_s, quiet_s=quiet_s, max_replies=max_replies
         )
 
     async def publish(self, subject: Subject, message: Message) -> None:
-        """Publish without an answer: an event."""
-        await self._connection.publish(subject, encode(message))
+        """Publish without an answer: an event. Raises `ConnectionLost`, `PayloadTooLarge`."""
+        lines = trace_headers(current_span())
+        headers = f"NATS/1.0\r\n{lines}\r\n".encode() if lines else None
+        await self._connection.publish(subject, encode(message), headers=headers)
 
-    async def subscribe(self, subject: Subject, message_type: type[M], callback: Callable[[M], Any]) -> None:
-        """Call `callback` with every message of `message_type` on `subject`, one after the other, until the bus closes.
+    async def subscribe(
+        self,
+        subject: Subject,
+        message_type: type[M],
+        callback: Callable[[M], Any],
+        *,
+        queue_group: str = "",
+        concurrency: int = 1,
+        max_queued: int = 4096,
+        timeout_s: float = 60.0,
+        middleware: tuple[Middleware, ...] = (),
+    ) -> None:
+        """Call `callback` with every message of `message_type` on `subject` until the bus closes.
 
-        For one-way messages; what isn't a `message_type` is dropped and logged. A coroutine function is awaited before
-        the next message is taken.
+        For one-way messages; what isn't a `message_type` is dropped and counted, and so is what finds `max_queued`
+        waiting. With a `concurrency` of 1 they come in order: a coroutine function is awaited, for at most `timeout_s`,
+        before the next. With a `queue_group` each message reaches one of its members.
         """
-        await self._connection.subscribe(subject, typed(message_type, callback))
-        await self._connection.confirm_subscriptions(self.config.connect_timeout_s)
+
+        async def handler(event: M) -> None:
+            result = callback(event)
+            if inspect.isawaitable(result):
+                await result
+
+        config = EndpointConfig(
+            name=subject.template.rpartition(".")[2],
+            subject=subject,
+            request_type=message_type,
+            queue_group=queue_group,
+            concurrency=concurrency,
+            max_queued=max_queued,
+            default_ttl_s=timeout_s,
+            one_way=True,
+            middleware=middleware,
+        )
+        await self.serve(config, handler)
 
     async def serve(self, config: EndpointConfig, handler: Handler) -> None:
         """Serve a subject until the bus closes: `handler` takes the request and returns the reply or yields frames.
 
         When this returns, NATS knows of it: a request published after that is served.
         """
-        endpoint = Endpoint(self._connection, self.worker_id, config, handler)
+        if not self._hears_cancellations:
+            self._hears_cancellations = True
+            await self._connection.subscribe(self.subjects.cancellations(), self._on_cancellation)
+        endpoint = Endpoint(self._connection, self._inbox, self.worker_id, config, handler)
         await endpoint.open()
         await self._connection.confirm_subscriptions(self.config.connect_timeout_s)
         self._endpoints.append(endpoint)
@@ -170,7 +315,8 @@ class Bus:
             version=version,
             metadata={"nixlbus": version, "epoch": self.epoch, **metadata},
         )
-        self._service = Service(self._connection, identity, [e for e in self._endpoints if e.config.traced])
+        shown = [e for e in self._endpoints if e.config.traced and not e.config.one_way]
+        self._service = Service(self._connection, identity, shown)
         await self._service.open()
         await self._connection.confirm_subscriptions(self.config.connect_timeout_s)
 
@@ -180,6 +326,7 @@ class Bus:
 
     async def drain(self, timeout_s: float) -> None:
         """Leave discovery, take no further requests, and finish those that were taken; operations go on meanwhile."""
+        self._is_draining = True
         if self._service:
             await self._service.close()
             self._service = None
@@ -214,9 +361,18 @@ class Bus:
 
     @property
     def is_ready(self) -> bool:
-        """Whether it is connected and may grant memory."""
+        """Whether it is connected, may grant memory, and isn't draining; `not_ready` tells what is amiss."""
+        return not self.not_ready
+
+    @property
+    def not_ready(self) -> str:
+        """Why work should go elsewhere now, "" if it shouldn't."""
         lane = self._data_plane
-        return self._connection.is_connected and (lane is None or not lane.grants.is_overrun)
+        if not self._connection.is_connected:
+            return "not connected to NATS"
+        if lane is not None and lane.grants.is_overrun:
+            return "too much memory is fenced"
+        return "draining" if self._is_draining else ""
 
     def register(self, data: Any) -> None:
         """Register memory for the life of the process; what isn't registered is when an operation first uses it.
@@ -364,6 +520,12 @@ class Bus:
         counters = {"requests_in_flight": self._inbox.num_waiters}
         counters |= {f"nats_{name}": value for name, value in self._connection.statistics().items()}
         return counters | (self._data_plane.stats() if self._data_plane else {})
+
+    def _on_cancellation(self, message: Msg) -> None:
+        request_id = message.subject.rpartition(".")[2]
+        for endpoint in self._endpoints:
+            if endpoint.cancel(request_id):
+                return
 
     async def _grant(self, local: LocalData, terms: GrantTerms) -> PassiveOperation:
         lane = self._lane()

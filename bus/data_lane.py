@@ -165,7 +165,7 @@ class DataLane:
             _LOG.debug("%s did not say what became of %s: %s", subject, request.operation_id, error)
             return None
 
-    async def _on_ack(self, message: Msg) -> None:
+    def _on_ack(self, message: Msg) -> None:
         try:
             ack = decode(message.data, CompletionAck)
         except MessageError as error:

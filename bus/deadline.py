@@ -47,6 +47,11 @@ class Deadline(NamedTuple):
 _current: ContextVar[Deadline | None] = ContextVar("nixlbus_deadline", default=None)
 
 
+def work_under(deadline: Deadline) -> None:
+    """Make `deadline` the current task's, until its end."""
+    _current.set(deadline)
+
+
 @contextlib.contextmanager
 def working_under(deadline: Deadline) -> Iterator[Deadline]:
     """Make `deadline` the current task's, for calls that it makes."""

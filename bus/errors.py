@@ -6,7 +6,7 @@ arrives as `RemoteFault`. `LocalProtocolError` is the caller's mistake, `RemoteP
 distinction is h11's).
 """
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from schemas.codec import MessageError
 from schemas.fault import RETRYABLE, Fault, FaultCode
@@ -155,10 +155,27 @@ class ConnectionLost(ControlPlaneError):
 
 
 class Overloaded(ControlPlaneError):
-    """The endpoint's queue is full; the request was not taken."""
+    """The endpoint's queue is full; the request was not taken. `retry_after_ms`: when a place is likely to be free."""
 
     code = FaultCode.OVERLOADED
     default_remedy = "retry later or start more workers of this role"
+
+    def __init__(self, what: str, *, retry_after_ms: int = 0, **context: Any) -> None:
+        self.retry_after_ms = retry_after_ms
+        super().__init__(what, **context)
+
+
+class Declined(ControlPlaneError):
+    """The worker refused this request before, and its caller asked for another; the request was not taken."""
+
+    code = FaultCode.DECLINED
+    default_remedy = "send it again: another worker may get it"
+
+
+class Cancelled(ControlPlaneError):
+    """The work on the request was cancelled, and not by its caller."""
+
+    code = FaultCode.CANCELLED
 
 
 class Draining(ControlPlaneError):
@@ -242,6 +259,7 @@ def fault_of(error: BaseException, *, worker_id: str, trace_id: str = "") -> Fau
         message=message,
         remedy=remedy,
         retryable=code in RETRYABLE,
+        retry_after_ms=error.retry_after_ms if isinstance(error, Overloaded) else 0,
         worker_id=worker_id,
         trace_id=trace_id,
     )
@@ -253,6 +271,7 @@ def _forwarded(fault: Fault, worker_id: str, trace_id: str) -> Fault:
         message=fault.message,
         remedy=fault.remedy,
         retryable=fault.retryable,
+        retry_after_ms=fault.retry_after_ms,
         worker_id=fault.worker_id,
         hops=[*fault.hops, worker_id],
         trace_id=trace_id or fault.trace_id,

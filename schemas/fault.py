@@ -29,6 +29,7 @@ class FaultCode(StrEnum):
     NO_RESPONDERS = "no_responders"
     OVERLOADED = "overloaded"
     DRAINING = "draining"
+    DECLINED = "declined"
     DEADLINE_EXCEEDED = "deadline_exceeded"
     CONNECTION_LOST = "connection_lost"
     PAYLOAD_TOO_LARGE = "payload_too_large"
@@ -58,6 +59,8 @@ HTTP_STATUS = MappingProxyType(
         FaultCode.NO_RESPONDERS: 503,
         FaultCode.OVERLOADED: 503,
         FaultCode.DRAINING: 503,
+        FaultCode.DECLINED: 503,
+        FaultCode.CANCELLED: 503,
         FaultCode.DEADLINE_EXCEEDED: 504,
         FaultCode.CONNECTION_LOST: 503,
         FaultCode.PAYLOAD_TOO_LARGE: 413,
@@ -72,6 +75,7 @@ RETRYABLE = frozenset(
         FaultCode.NO_RESPONDERS,
         FaultCode.OVERLOADED,
         FaultCode.DRAINING,
+        FaultCode.DECLINED,
         FaultCode.CONNECTION_LOST,
         FaultCode.POOL_EXHAUSTED,
         FaultCode.PEER_LOST,
@@ -87,6 +91,8 @@ class Fault(Message, frozen=True, kw_only=True, tag="fault"):
     message: str
     remedy: str = ""
     retryable: bool = False
+    retry_after_ms: int = 0
+    """Of a refusal for load: when a place is likely to be free."""
     worker_id: str = ""
     """Where it happened."""
     hops: list[str] = msgspec.field(default_factory=list)

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from msgspec import Meta
 
 from schemas.message import Message, Part
+from schemas.stream import Frame, LastFrame
 
 RequestId = Annotated[str, Meta(pattern="^[A-Za-z0-9_-]{1,64}$")]
 MAX_MESSAGES = 256
@@ -46,10 +47,9 @@ class GenerateRequest(Message, frozen=True, kw_only=True, tag="generate.request"
     """Chosen by the graph if absent."""
 
 
-class GenerateChunk(Message, frozen=True, kw_only=True, tag="generate.chunk"):
+class GenerateChunk(Frame, frozen=True, kw_only=True, tag="generate.chunk"):
     """A piece of the answer."""
 
-    seq: int
     text: str
     token_ids: list[int]
 
@@ -69,10 +69,9 @@ class Hop(Part, frozen=True, kw_only=True):
     ms: float
 
 
-class GenerateDone(Message, frozen=True, kw_only=True, tag="generate.done"):
+class GenerateDone(LastFrame, frozen=True, kw_only=True, tag="generate.done"):
     """The end of an answer, with the ledger of its hops; their milliseconds add up to `elapsed_ms`."""
 
-    seq: int
     finish_reason: Literal["stop", "length"]
     model: str
     usage: Usage

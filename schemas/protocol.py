@@ -13,6 +13,13 @@ PROTOCOL_VERSION = 2
 PROTOCOL_HEADER = "Nixlbus-Protocol"
 TTL_HEADER = "Nixlbus-Ttl-Ms"
 """Milliseconds that the sender still grants: a duration, so that no two hosts' clocks are compared."""
+REQUEST_ID_HEADER = "Nixlbus-Request-Id"
+"""Random, one per call: under it a caller that goes away cancels the work (`cancel.<request id>`), and only a caller
+that sends it is asked whether it is still there."""
+WINDOW_HEADER = "Nixlbus-Window"
+"""Frames that the caller of a stream wants to have unread at one time; it grants more as it reads."""
+AVOID_HEADER = "Nixlbus-Avoid"
+"""Ids of workers, with commas, that refused this request before and had better pass it on."""
 SERVICE_ERROR_HEADER = "Nats-Service-Error"
 SERVICE_ERROR_CODE_HEADER = "Nats-Service-Error-Code"
 """Both from NATS ADR-32, so that `nats micro` and plain NATS clients see a fault without decoding its body."""

@@ -12,6 +12,7 @@ from msgspec import Meta
 from schemas.generate import Hop, RequestId
 from schemas.message import Message
 from schemas.operations import RdmaMetadata
+from schemas.stream import Frame, LastFrame
 
 TokenIds = Annotated[list[int], Meta(min_length=1, max_length=1_048_576)]
 
@@ -66,17 +67,15 @@ class DecodeRequest(StageRequest, frozen=True, kw_only=True, tag="decode.request
     stop_token_ids: list[int]
 
 
-class DecodeToken(Message, frozen=True, kw_only=True, tag="decode.token"):
+class DecodeToken(Frame, frozen=True, kw_only=True, tag="decode.token"):
     """The next token of a stream; `seq` counts from 0."""
 
-    seq: int
     token_id: int
 
 
-class DecodeDone(Message, frozen=True, kw_only=True, tag="decode.done"):
+class DecodeDone(LastFrame, frozen=True, kw_only=True, tag="decode.done"):
     """The end of a stream of `seq` tokens."""
 
-    seq: int
     finish_reason: Literal["stop", "length"]
     hops: list[Hop]
     elapsed_ms: float

@@ -46,7 +46,10 @@ class Subjects:
         identifier("prefix", self.prefix)
 
     def graph(self, graph: str, stage: str) -> Subject:
-        """A stage of a graph (generate, decode, prefill, encode): its workers listen in a queue group."""
+        """A stage of a graph (generate, decode, prefill, encode): its workers listen in a queue group.
+
+        A graph is also the group of a plain service's endpoints.
+        """
         template = f"graph.{identifier('graph', graph)}.{identifier('stage', stage)}"
         return self._subject(template, template)
 
@@ -63,6 +66,24 @@ class Subjects:
     def acks(self, target_worker_id: str) -> Subject:
         """Every ack for one target: its single wildcard subscription."""
         return self._subject(f"ack.{identifier('worker id', target_worker_id)}.*", "ack.{worker_id}")
+
+    def cancel(self, request_id: str) -> Subject:
+        """Says to whoever works on a request that its caller is gone."""
+        return self._subject(f"cancel.{identifier('request id', request_id)}", "cancel")
+
+    def cancellations(self) -> Subject:
+        """Every cancellation: a worker looks whether it is one of its requests."""
+        return self._subject("cancel.*", "cancel")
+
+    def job(self, graph: str, queue: str) -> Subject:
+        """Durable work of a queue, kept in a stream until it is done."""
+        template = f"job.{identifier('graph', graph)}.{identifier('queue', queue)}"
+        return self._subject(template, template)
+
+    def dead_letter(self, graph: str, queue: str) -> Subject:
+        """Jobs of a queue that could not be done."""
+        template = f"dlq.{identifier('graph', graph)}.{identifier('queue', queue)}"
+        return self._subject(template, template)
 
     def event(self, worker_id: str, kind: str) -> Subject:
         """A worker's lifecycle event (joined, ready, draining, left, drained, reaped): a hint, unless it is signed."""

@@ -1,114 +1,150 @@
-"""`Worker`, the base of every role: a class with typed endpoints and a life.
+"""`Worker`: a class with typed endpoints, and a life.
 
-In: an open `Bus`. Out: subjects served, a place in service discovery. A subclass declares its endpoints as methods
+In: an open `Bus`, and whatever else the class's constructor takes. Out: subjects served, a place in service discovery.
+A subclass declares what it does as methods:
 
-    @endpoint("encode", concurrency=4)
-    async def encode(self, request: EncodeRequest) -> EncodeReply: ...
+    class Calculator(Worker):
+        group = "math"
 
-whose request type is read from the annotation; an async generator streams numbered frames. Workers of one role share
-the stage's work as a queue group.
+        @endpoint()
+        async def add(self, request: Add) -> Sum: ...
+
+and others call it with `await bus.request(Calculator.add, Add(a=1, b=2))`. Workers of one class share the work as a
+queue group.
 """
 
-import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
+import re
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, ClassVar, TypeVar, get_type_hints
+from typing import Any, ClassVar, Self
 
-from bus import Bus, EndpointConfig
+from bus import Bus, BusConfig, EndpointConfig, Middleware
 from schemas.message import Message
-from workers.settings import Settings
+from workers.declaration import DeclaredEndpoint, EventHandler, declared
 
-F = TypeVar("F", bound=Callable[..., Any])
-_DECLARED = "__nixlbus_endpoint__"
-
-
-@dataclass(frozen=True, slots=True)
-class _Declaration:
-    stage: str
-    concurrency: int
-    max_queued: int
-    public: bool
-    direct: bool
-
-
-def endpoint(
-    stage: str, *, concurrency: int = 16, max_queued: int = 256, public: bool = False, direct: bool = False
-) -> Callable[[F], F]:
-    """Declare a method as the handler of a stage of the worker's graph.
-
-    `concurrency` requests run at once and `max_queued` wait; one more is refused with `Overloaded`. `public` lets
-    plain clients in (no protocol header, JSON). `direct` makes it a subject of this one instance.
-    """
-
-    def declare(method: F) -> F:
-        setattr(method, _DECLARED, _Declaration(stage, concurrency, max_queued, public, direct))
-        return method
-
-    return declare
+DRAIN_TIMEOUT_S = 10.0
+"""A request in flight gets this long after SIGTERM; Kubernetes kills after 30 s unless told otherwise."""
 
 
 class Worker:
-    """One role in one process. Subclasses set `role` and declare endpoints."""
+    """One service in one process."""
 
     role: ClassVar[str] = "worker"
-    needs_data_plane: ClassVar[bool] = True
-    """Whether the role moves tensors."""
+    """What it is called in worker ids and in discovery; the class's name in lower case unless it is set."""
+    group: str = ""
+    """What its endpoints' subjects have in common; `role` unless it is set."""
+    needs_data_plane: ClassVar[bool] = False
+    """Whether it moves tensors."""
+    timeout_s: float = 60.0
+    """What a request may take that brings no deadline, and whose endpoint doesn't say."""
+    middleware: ClassVar[Sequence[Middleware]] = ()
+    """Around every endpoint, the outermost first."""
 
-    def __init__(self, bus: Bus, settings: Settings) -> None:
+    def __init__(self, bus: Bus) -> None:
+        """A subclass may take more: what it depends on."""
         self.bus = bus
-        self.settings = settings
+        self._is_serving = False
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        if "role" not in cls.__dict__:
+            cls.role = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", cls.__name__.lstrip("_")).lower()
+        if not cls.group:
+            cls.group = cls.role
 
     async def start(self) -> None:
-        """Called before the endpoints open: load what they need."""
+        """Called before anything is served: load what that needs."""
 
     async def stop(self) -> None:
-        """Called after they have drained."""
+        """Called after everything has drained."""
+
+    @property
+    def not_ready(self) -> str:
+        """Why work should go elsewhere now, "" if it shouldn't: not serving yet, or what the bus says."""
+        return self.bus.not_ready if self._is_serving else "starting"
 
     def metadata(self) -> dict[str, str]:
         """What service discovery tells of this worker."""
-        return {"role": self.role, "graph": self.settings.graph}
+        return {"role": self.role, "graph": self.group}
+
+    async def emit(self, kind: str, event: Message) -> None:
+        """Publish an event of this worker, to the `on_event(kind)` handlers of all. Raises `ConnectionLost`."""
+        await self.bus.publish(self.bus.subjects.event(self.bus.worker_id, kind), event)
 
     async def serve(self) -> None:
-        """Open every declared endpoint, and those of `nixlbus perf` beside a data plane; appear in discovery."""
-        for declaration, method in declared_endpoints(self):
-            subjects = self.bus.subjects
-            subject = (
-                subjects.worker(self.bus.worker_id, declaration.stage)
-                if declaration.direct
-                else subjects.graph(self.settings.graph, declaration.stage)
-            )
-            config = EndpointConfig(
-                name=declaration.stage,
-                subject=subject,
-                request_type=request_type(method),
-                queue_group="" if declaration.direct else declaration.stage,
-                concurrency=declaration.concurrency,
-                max_queued=declaration.max_queued,
-                default_ttl_s=self.settings.request_timeout_s,
-                public=declaration.public,
-            )
+        """Serve what the class declares, and appear in discovery.
+
+        Raises `TypeError` for a declaration without its types, before anything is served.
+        """
+        endpoints = [
+            (self._endpoint_config(found), found.bound(self)) for found in declared(type(self), DeclaredEndpoint)
+        ]
+        handlers = [(found, found.request_type) for found in declared(type(self), EventHandler)]
+        for config, method in endpoints:
             await self.bus.serve(config, method)
+        for handler, event_type in handlers:
+            await self.bus.subscribe(
+                self.bus.subjects.events(handler.kind),
+                event_type,
+                handler.bound(self),
+                queue_group=handler.queue_group,
+                concurrency=handler.concurrency,
+                timeout_s=self.timeout_s,
+                middleware=tuple(self.middleware),
+            )
         if self.needs_data_plane:
-            from workers import performance  # it needs torch, which roles without tensors don't
+            from workers import performance  # it needs torch, which workers without tensors don't
 
             await performance.serve(self.bus)
-        await self.bus.announce(f"nixlbus-{self.settings.graph}-{self.role}", package_version(), self.metadata())
+        await self.bus.announce(f"nixlbus-{self.group}-{self.role}", package_version(), self.metadata())
+        self._is_serving = True
 
+    @classmethod
+    @asynccontextmanager
+    async def running(
+        cls, config: BusConfig, *dependencies: Any, drain_timeout_s: float = DRAIN_TIMEOUT_S, **more: Any
+    ) -> AsyncIterator[Self]:
+        """A worker that serves for as long as the context lasts; `dependencies` are what its constructor takes besides.
 
-def declared_endpoints(worker: Worker) -> list[tuple[_Declaration, Callable[..., Any]]]:
-    """The worker's endpoint methods, bound, with their declarations."""
-    methods = inspect.getmembers(worker, inspect.ismethod)
-    return [(getattr(method, _DECLARED), method) for _, method in methods if hasattr(method, _DECLARED)]
+        Raises what `Bus.open`, `start` and `serve` raise.
+        """
+        async with Bus.open(config, data_plane=cls.needs_data_plane, drain_timeout_s=drain_timeout_s) as bus:
+            worker = cls(bus, *dependencies, **more)
+            async with worker.serving(drain_timeout_s):
+                yield worker
 
+    @asynccontextmanager
+    async def serving(self, drain_timeout_s: float = DRAIN_TIMEOUT_S) -> AsyncIterator[None]:
+        """Start, serve, and at the end drain and stop."""
+        try:
+            await self.start()
+            await self.serve()
+            yield
+        finally:
+            await self.bus.drain(drain_timeout_s)
+            await self.stop()
 
-def request_type(method: Callable[..., Any]) -> type[Message]:
-    """The type of the method's one argument. Raises `TypeError` if that is no message."""
-    parameters = list(inspect.signature(method).parameters)
-    annotated = get_type_hints(method).get(parameters[0]) if len(parameters) == 1 else None
-    if not (isinstance(annotated, type) and issubclass(annotated, Message)):
-        raise TypeError(f"{method.__qualname__} must take one argument, annotated with a Message class")
-    return annotated
+    def _endpoint_config(self, found: DeclaredEndpoint) -> EndpointConfig:
+        options = found.options
+        subjects = self.bus.subjects
+        if options.direct:
+            subject, queue_group = subjects.worker(self.bus.worker_id, found.stage), ""
+        else:
+            subject = subjects.graph(self.group, found.stage)
+            queue_group = found.stage if options.queue_group is None else options.queue_group
+        return EndpointConfig(
+            name=found.stage,
+            subject=subject,
+            request_type=found.request_type,
+            queue_group=queue_group,
+            concurrency=options.concurrency,
+            max_queued=options.max_queued,
+            default_ttl_s=self.timeout_s if options.timeout_s is None else options.timeout_s,
+            public=options.public,
+            middleware=(*self.middleware, *options.middleware),
+            reply_type=found.reply_type,
+        )
 
 
 def package_version() -> str:

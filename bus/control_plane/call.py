@@ -3,37 +3,46 @@
 In: a subject, a message, the types that may come back. Out: the reply, or a typed error: `RemoteFault` for a fault,
 `NoResponders` at once, `DeadlineExceeded`, `RemoteProtocolError` for a reply that is not what was asked for or a
 stream with a gap. Every call runs under a deadline, tells the peer what remains of it, and is a PRODUCER span whose
-context travels in the headers.
+context travels in the headers. A caller that goes away (is cancelled, closes a stream) says so to whoever works for it.
 """
 
+import asyncio
+import secrets
 import time
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from bus.control_plane.connection import Connection, Msg
-from bus.control_plane.inbox import Inbox
+from bus.control_plane.inbox import Inbox, StreamWaiter
+from bus.control_plane.retry import ONCE, RetryPolicy
 from bus.deadline import Deadline
-from bus.errors import RemoteFault, RemoteProtocolError
+from bus.errors import BusError, DeadlineExceeded, NoResponders, RemoteFault, RemoteProtocolError
 from observability import semantic_conventions as names
-from observability.active_span import Span, SpanKind
+from observability.active_span import NO_SPAN, Span, SpanKind
 from observability.propagation import inject
-from observability.tracing import start_span
+from observability.tracing import current_span, is_tracing, start_span
 from schemas.codec import MessageError, decode, encode
-from schemas.fault import Fault
+from schemas.fault import Fault, FaultCode
 from schemas.message import Message
-from schemas.protocol import PROTOCOL_HEADER, PROTOCOL_VERSION, TTL_HEADER
-from schemas.subjects import Subject
+from schemas.protocol import (
+    AVOID_HEADER,
+    PROTOCOL_HEADER,
+    PROTOCOL_VERSION,
+    REQUEST_ID_HEADER,
+    TTL_HEADER,
+    WINDOW_HEADER,
+)
+from schemas.stream import LastFrame, StreamEnd
+from schemas.subjects import Subject, Subjects
 
 M = TypeVar("M", bound=Message)
 
-
-class Frame(Protocol):
-    """What every frame of a stream has: its number, counted from 0."""
-
-    @property
-    def seq(self) -> int: ...  # noqa: D102
+DEFAULT_WINDOW_FRAMES = 256
+"""Frames of a stream that may be on their way or unread: more than a reader falls behind by, less than hurts."""
+MAX_PASSES = 8
+"""How often a request may meet the worker that it avoids, before it is left to whoever gets it."""
 
 
 @dataclass(slots=True)
@@ -48,9 +57,11 @@ class CallMeter:
 class Caller:
     """Makes typed calls over one connection."""
 
-    def __init__(self, connection: Connection, inbox: Inbox) -> None:
+    def __init__(self, connection: Connection, inbox: Inbox, subjects: Subjects) -> None:
         self._connection = connection
         self._inbox = inbox
+        self._subjects = subjects
+        self._new_request_id = RequestIds().new
 
     async def request(
         self,
@@ -61,24 +72,22 @@ class Caller:
         timeout_s: float,
         traced: bool = True,
         meter: CallMeter | None = None,
+        retry: RetryPolicy = ONCE,
     ) -> M:
         """Send `message` and return the one reply. The module says what it raises."""
         deadline = Deadline.after(timeout_s)
         started_s = time.perf_counter()
         payload = encode(message)
         send = _send_span(subject, len(payload), None) if traced else None
+        attempts = _Attempts(retry, deadline, send)
         try:
-            headers = request_headers(deadline, send)
-            reply = await self._inbox.single(
-                subject,
-                deadline,
-                lambda inbox: self._connection.publish_now(subject, payload, reply=inbox, headers=headers),
-            )
-            if meter is not None:
-                meter.sent_bytes, meter.received_bytes = len(payload), len(reply.data)
-                meter.elapsed_ms = (time.perf_counter() - started_s) * 1e3
-            answer: M = _decoded(reply, reply_type, subject)
-            return answer
+            while True:
+                try:
+                    reply = await self._ask(subject, payload, deadline, send, attempts.avoided)
+                    answer: M = _decoded(reply, reply_type, subject)
+                    break
+                except BusError as error:
+                    await attempts.failed(error)
         except BaseException as error:
             if send:
                 send.fail(error)
@@ -86,6 +95,10 @@ class Caller:
         finally:
             if send:
                 send.end()
+        if meter is not None:
+            meter.sent_bytes, meter.received_bytes = len(payload), len(reply.data)
+            meter.elapsed_ms = (time.perf_counter() - started_s) * 1e3
+        return answer
 
     async def ask_peer(self, subject: Subject, message: Message, reply_type: type[M], *, timeout_s: float) -> M:
         """A small question inside an operation, to a worker that has shaken hands: no headers, no span."""
@@ -102,55 +115,51 @@ class Caller:
         self,
         subject: Subject,
         message: Message,
-        frame_type: type[Message],
-        last_type: type[Message],
+        frame_type: Any,
+        last_type: type[Message] = StreamEnd,
         *,
         timeout_s: float,
+        window_frames: int = DEFAULT_WINDOW_FRAMES,
         meter: CallMeter | None = None,
         parent: Span | None = None,
+        retry: RetryPolicy = ONCE,
     ) -> AsyncGenerator[Any, None]:
-        """Send `message` and yield its frames; the one of `last_type` ends the stream and is yielded too.
+        """Send `message` and yield its frames; a `LastFrame` or one of `last_type` ends the stream and is yielded too.
 
         `timeout_s` bounds the whole stream; `parent` is the send span's, where it isn't the current one. A gap in
-        the numbers is a `RemoteProtocolError`: no frame is lost silently.
+        the numbers is a `RemoteProtocolError`: no frame is lost silently. At most `window_frames` are on their way: a
+        reader that falls behind holds up the sender. What refuses the request before its first frame is retried as
+        `retry` says.
         """
-        frames = self._frames(subject, message, frame_type | last_type, timeout_s, meter or CallMeter(), parent)
-        expected = 0
-        async with aclosing(frames):
-            async for frame in frames:
-                if frame.seq != expected:
-                    raise RemoteProtocolError(
-                        f"frame {frame.seq} came where {expected} was due: part of the stream is lost",
-                        subject=subject.name,
-                    )
-                expected += 1
-                yield frame
-                if isinstance(frame, last_type):
-                    return
-
-    async def _frames(
-        self,
-        subject: Subject,
-        message: Message,
-        frame_type: Any,
-        timeout_s: float,
-        meter: CallMeter,
-        parent: Span | None,
-    ) -> AsyncGenerator[Any, None]:
         deadline = Deadline.after(timeout_s)
-        started = time.perf_counter()
         payload = encode(message)
         send = _send_span(subject, len(payload), parent)
+        attempts = _Attempts(retry, deadline, send)
+        metered = _Metered(meter or CallMeter(), len(payload))
         try:
-            async with self._inbox.waiting(subject) as (reply_subject, waiter):
-                headers = request_headers(deadline, send)
-                await self._connection.publish(subject, payload, reply=reply_subject, headers=headers)
-                meter.sent_bytes = len(payload)
-                while True:
-                    reply = await waiter.next(deadline)
-                    meter.received_bytes += len(reply.data)
-                    meter.elapsed_ms = (time.perf_counter() - started) * 1e3
-                    yield _decoded(reply, frame_type, subject)
+            while True:
+                expected = 0
+                call = _StreamCall(self._connection, subject, self._subjects, self._new_request_id(), last_type)
+                try:
+                    with self._inbox.listening(call.waiter) as reply_subject:
+                        headers = request_headers(
+                            deadline, send, call.request_id, attempts.avoided, window_frames=window_frames
+                        )
+                        self._connection.publish_now(subject, payload, reply=reply_subject, headers=headers)
+                        while not call.is_over:
+                            frame = await call.next_frame(frame_type | last_type, expected, deadline, metered)
+                            if not isinstance(frame, StreamEnd):
+                                yield frame
+                            expected += 1
+                            call.grant_more(expected)
+                    return
+                except BusError as error:
+                    call.is_over = call.is_over or isinstance(error, (RemoteFault, NoResponders))
+                    if expected:
+                        raise
+                    await attempts.failed(error)
+                finally:
+                    call.close()
         except GeneratorExit:
             raise
         except BaseException as error:
@@ -159,16 +168,208 @@ class Caller:
         finally:
             send.end()
 
+    async def request_many(
+        self,
+        subject: Subject,
+        message: Message | bytes,
+        reply_type: Any,
+        *,
+        timeout_s: float,
+        quiet_s: float | None = None,
+        max_replies: int | None = None,
+    ) -> AsyncGenerator[Any, None]:
+        """Send `message` to all who listen and yield the reply of each, or its `RemoteFault`, as they come.
 
-def request_headers(deadline: Deadline, span: Span | None) -> dict[str, str]:
-    """The headers of a request: our protocol version, what remains of the deadline, the trace."""
-    headers = {PROTOCOL_HEADER: str(PROTOCOL_VERSION), TTL_HEADER: str(deadline.remaining_ms)}
-    if span is not None:
-        inject(headers, span)
-    return headers
+        It ends after `timeout_s`, after `quiet_s` without a further reply once there was one, or with `max_replies`.
+        Raises `NoResponders` if nobody listens, and `ConnectionLost`. `reply_type` None yields the raw `Msg`.
+        """
+        overall = Deadline.after(timeout_s)
+        payload = message if isinstance(message, bytes) else encode(message)
+        num_replies = 0
+        async with self._inbox.waiting(subject) as (reply_subject, waiter):
+            headers = request_headers(overall, None, "") if isinstance(message, Message) else None
+            self._connection.publish_now(subject, payload, reply=reply_subject, headers=headers)
+            while max_replies is None or num_replies < max_replies:
+                wait_s = overall.remaining_s if not num_replies or quiet_s is None else quiet_s
+                try:
+                    reply = await waiter.next(Deadline.after(min(wait_s, overall.remaining_s)))
+                except DeadlineExceeded:
+                    return
+                num_replies += 1
+                try:
+                    yield reply if reply_type is None else _decoded(reply, reply_type, subject)
+                except RemoteFault as fault:
+                    yield fault
+
+    async def _ask(
+        self, subject: Subject, payload: bytes, deadline: Deadline, send: Span | None, avoided: Sequence[str]
+    ) -> Msg:
+        request_id = self._new_request_id()
+        headers = request_headers(deadline, send, request_id, avoided)
+        try:
+            return await self._inbox.single(
+                subject,
+                deadline,
+                lambda inbox: self._connection.publish_now(subject, payload, reply=inbox, headers=headers),
+            )
+        except asyncio.CancelledError:
+            cancel(self._connection, self._subjects, request_id)
+            raise
+
+
+class RequestIds:
+    """Random ids. The system is asked for randomness once in a while: asking costs more than the rest of an id."""
+
+    __slots__ = ("_offset", "_random")
+
+    def __init__(self) -> None:
+        self._random = ""
+        self._offset = 0
+
+    def new(self) -> str:
+        """16 hex digits."""
+        start = self._offset
+        if start == len(self._random):
+            self._random, start = secrets.token_hex(2048), 0
+        self._offset = start + 16
+        return self._random[start : start + 16]
+
+
+class _Attempts:
+    """The attempts of one call: counts them, and pauses between."""
+
+    __slots__ = ("_deadline", "_num_failed", "_num_passed", "_policy", "_span", "avoided")
+
+    def __init__(self, policy: RetryPolicy, deadline: Deadline, span: Span | None) -> None:
+        self.avoided: tuple[str, ...] = ()
+        """Workers that refused."""
+        self._policy = policy
+        self._deadline = deadline
+        self._span = span
+        self._num_failed = 0
+        self._num_passed = 0
+
+    async def failed(self, error: BusError) -> None:
+        """Return when it is time for the next attempt, or raise `error`."""
+        if isinstance(error, RemoteFault) and error.fault.code == FaultCode.DECLINED and self._num_passed < MAX_PASSES:
+            self._num_passed += 1
+            if self._num_passed == MAX_PASSES:
+                self.avoided = ()
+            return
+        self._num_failed += 1
+        pause_s = self._policy.pause_s(error, self._num_failed, self._deadline.remaining_s)
+        if pause_s is None:
+            raise error
+        if self._span:
+            self._span.event("retry", {"error": str(error), "pause_ms": round(pause_s * 1e3, 1)})
+        if error.peer and error.peer not in self.avoided:
+            self.avoided = (*self.avoided, error.peer)[-MAX_PASSES:]
+        self._num_passed = 0
+        await asyncio.sleep(pause_s)
+
+
+class _StreamCall:
+    """One attempt at a stream: its frames in order, the credit for more, the word that nobody reads any further."""
+
+    def __init__(
+        self,
+        connection: Connection,
+        subject: Subject,
+        subjects: Subjects,
+        request_id: str,
+        last_type: type[Message],
+    ) -> None:
+        self.waiter = StreamWaiter(subject.name)
+        self.request_id = request_id
+        self.is_over = False
+        """Whether the sender has ended it."""
+        self._connection = connection
+        self._subject = subject
+        self._subjects = subjects
+        self._last_types = (LastFrame, last_type)
+        self._credit_subject = ""
+
+    async def next_frame(self, frame_type: Any, expected: int, deadline: Deadline, metered: "_Metered") -> Any:
+        """The frame of number `expected`; one that comes a second time is passed over."""
+        while True:
+            message = await self.waiter.next(deadline)
+            metered.count(message)
+            frame = _decoded(message, frame_type | StreamEnd, self._subject)
+            if not 0 <= frame.seq < expected:
+                break
+        if frame.seq != expected:
+            raise RemoteProtocolError(
+                f"frame {frame.seq} came where {expected} was due: part of the stream is lost",
+                subject=self._subject.name,
+            )
+        self.is_over = isinstance(frame, self._last_types)
+        self._credit_subject = message.reply
+        return frame
+
+    def grant_more(self, num_read: int) -> None:
+        """Answer a sender that asks how many frames were read."""
+        if self._credit_subject and not self.is_over:
+            with suppress(BusError):
+                self._connection.publish_now(self._credit_subject, str(num_read).encode())
+
+    def close(self) -> None:
+        """Tell the sender to stop, if it hasn't."""
+        if not self.is_over:
+            self.is_over = True
+            cancel(self._connection, self._subjects, self.request_id)
+
+
+class _Metered:
+    """Fills in a `CallMeter` as frames come."""
+
+    def __init__(self, meter: CallMeter, sent_bytes: int) -> None:
+        self._meter = meter
+        self._started_s = time.perf_counter()
+        meter.sent_bytes = sent_bytes
+
+    def count(self, message: Msg) -> None:
+        """One more frame."""
+        self._meter.received_bytes += len(message.data)
+        self._meter.elapsed_ms = (time.perf_counter() - self._started_s) * 1e3
+
+
+def cancel(connection: Connection, subjects: Subjects, request_id: str) -> None:
+    """Tell whoever works on a request that its caller is gone."""
+    with suppress(BusError):
+        connection.publish_now(subjects.cancel(request_id), b"")
+
+
+def request_headers(
+    deadline: Deadline,
+    span: Span | None,
+    request_id: str,
+    avoided: Sequence[str] = (),
+    *,
+    window_frames: int = 0,
+) -> bytes:
+    """The headers of a request: our protocol version, what remains of the deadline, the request's id, the trace."""
+    text = f"NATS/1.0\r\n{PROTOCOL_HEADER}: {PROTOCOL_VERSION}\r\n{TTL_HEADER}: {deadline.remaining_ms}\r\n"
+    if request_id:
+        text += f"{REQUEST_ID_HEADER}: {request_id}\r\n"
+    if window_frames:
+        text += f"{WINDOW_HEADER}: {window_frames}\r\n"
+    if avoided:
+        text += f"{AVOID_HEADER}: {','.join(avoided)}\r\n"
+    return (text + trace_headers(span) + "\r\n").encode()
+
+
+def trace_headers(span: Span | None) -> str:
+    """The header lines of a trace, "" without one."""
+    if span is None or span is NO_SPAN:
+        return ""
+    headers: dict[str, str] = {}
+    inject(headers, span)
+    return "".join(f"{name}: {value}\r\n" for name, value in headers.items())
 
 
 def _send_span(subject: Subject, num_bytes: int, parent: Span | None) -> Span:
+    if parent is None and not is_tracing():
+        return current_span()  # records nothing, and carries on the trace that this request belongs to
     return start_span(
         f"send {subject.template}",
         kind=SpanKind.PRODUCER,

@@ -1,71 +1,93 @@
-"""One connection to NATS: publish, subscribe, and the size check that keeps the connection alive.
+"""One connection to NATS that lasts: publish, subscribe, and the size check that keeps it alive.
 
 In: subjects, payloads, headers. Out: the same on the wire, or a typed error; nats-py's own errors end here.
-Invariants: a message over max_payload, headers counted, is never sent (the server would close the connection, and
-nats-py would not come back); a subscription's callback never raises (nats-py would end it silently); whoever waits
-for an answer hears of a lost connection or a denied subject at once, through the listeners.
+Invariants: a message over max_payload, headers counted, is never sent (the server would close the connection); whoever
+waits for an answer hears of a lost connection or a denied subject at once, through the listeners. Whatever closed
+the connection, another is made, with all subscriptions, for as long as it isn't closed here. From a server that
+says that it will stop it moves to another, if there is one, before it is dropped: subscriptions are in a queue group
+(their own, or one that is the connection's alone), so that nothing is delivered twice while there are two.
 Leaves out: replies (`inbox`), typed messages (`call`, `endpoint`).
 """
 
 import asyncio
+import itertools
 import logging
 import re
-from collections.abc import Awaitable, Callable, Mapping
+import secrets
+from collections.abc import Callable, Mapping
+from contextvars import Context
+from dataclasses import dataclass, field
+from typing import Any
 
-from nats.aio.client import Client
-from nats.aio.msg import Msg as Msg
-from nats.aio.subscription import Subscription as Subscription
 from nats.errors import Error as NatsError
+from nats.js import JetStreamContext
 
+from bus.control_plane.direct_client import DirectClient, header_block
+from bus.control_plane.direct_client import Msg as Msg
 from bus.errors import BusError, ConnectionLost, ControlPlaneError, PayloadTooLarge, PermissionDenied
 from schemas.subjects import Subject
 
-MessageCallback = Callable[[Msg], Awaitable[None]]
+MessageCallback = Callable[[Msg], None]
+"""Called from the read loop: it looks up, answers or enqueues, and doesn't wait."""
 LossListener = Callable[[BusError, str], None]
 """Called with the error and the subject it concerns ("" = all of them)."""
 
+REBUILD_PAUSES_S = (0.1, 0.5, 1.0, 2.0, 5.0)
+"""Between tries to make a connection anew; the last for all further ones."""
+STUCK_S = 30.0
+"""A client that isn't back after this long is given up for a new one; nats-py tries every quarter of a second."""
+MAX_UNSENT_BYTES = 4 << 20
+"""More than this in our buffers makes `publish` wait for the socket."""
+LINGER_S = 0.5
+"""How long the old connection still delivers after a move: servers of a cluster tell each other of subscriptions."""
+
 _LOG = logging.getLogger(__name__)
-_HEADER_OVERHEAD_BYTES = len(b"NATS/1.0\r\n\r\n")
-_HEADER_LINE_OVERHEAD_BYTES = len(b": \r\n")
 _DENIED = re.compile(r'permissions violation for (?:publish|subscription) to "([^"]+)"', re.IGNORECASE)
-_CALLBACK_QUEUE_MESSAGES = 65_536
-_CALLBACK_QUEUE_BYTES = 256 << 20
+
+
+@dataclass(eq=False, slots=True)
+class Subscription:
+    """A subject that is listened to, on whichever client the connection has."""
+
+    subject: str
+    queue_group: str
+    callback: MessageCallback
+    numbers: dict[DirectClient, int] = field(default_factory=dict)
 
 
 class Connection:
     """An open connection; made by `Connection.open`, ended by `close`."""
 
-    def __init__(self, url: str, name: str) -> None:
+    def __init__(self, url: str, name: str, options: Mapping[str, Any]) -> None:
         self.name = name
-        self.closed: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        """Resolves, with the reason, when the connection is gone for good."""
+        self.num_rebuilt = 0
+        """Clients made anew: after an error that nats-py doesn't come back from, or a move."""
         self._url = url
-        self._client = Client()
+        self._options = options
+        self._own_group = f"{name.replace('.', '-')}-{secrets.token_hex(4)}"
+        self._subscriptions: set[Subscription] = set()
         self._listeners: list[LossListener] = []
         self._last_error = ""
+        self._is_open = False
+        self._rebuilding: asyncio.Task[None] | None = None
+        self._stuck: asyncio.TimerHandle | None = None
+        self._client = self._new_client()
 
     @classmethod
-    async def open(cls, url: str, name: str, timeout_s: float) -> "Connection":
-        """Connect, retrying for up to `timeout_s`. Raises `ConnectionLost` that says what the last try met."""
-        self = cls(url, name)
+    async def open(
+        cls, url: str, name: str, timeout_s: float, *, options: Mapping[str, Any] | None = None
+    ) -> "Connection":
+        """Connect, retrying for up to `timeout_s`; `options` are nats-py's, such as credentials.
+
+        Raises `ConnectionLost` that says what the last try met.
+        """
+        self = cls(url, name, options or {})
         try:
-            async with asyncio.timeout(timeout_s):
-                await self._client.connect(
-                    servers=url.split(","),
-                    name=name,
-                    max_reconnect_attempts=-1,
-                    reconnect_time_wait=0.25,  # type: ignore[arg-type]  # a sleep; its annotation says int
-                    ping_interval=10,
-                    inbox_prefix=f"_INBOX.{name}",
-                    skip_subject_validation=True,  # ours are built by schemas.subjects, which checks every part
-                    error_cb=self._on_error,
-                    disconnected_cb=self._on_disconnected,
-                    closed_cb=self._on_closed,
-                )
-        except (TimeoutError, OSError, NatsError) as error:
+            await self._connect(self._client, self._url.split(","), timeout_s)
+        except ConnectionLost:
             await self.close()
-            reason = self._last_error or str(error) or "no answer"
-            raise ConnectionLost(f"no connection to NATS at {redacted(url)} within {timeout_s:g} s: {reason}") from None
+            raise
+        self._is_open = True
         return self
 
     @property
@@ -83,6 +105,10 @@ class Connection:
         """Prefix of reply subjects that only this client listens on."""
         return f"_INBOX.{self.name}"
 
+    def jetstream(self, timeout_s: float = 5.0) -> JetStreamContext:
+        """nats-py's JetStream on the client of now; ask again for each use, since the client may be another by then."""
+        return self._client.jetstream(timeout=timeout_s)
+
     def on_loss(self, listener: LossListener) -> None:
         """Call `listener` when the connection drops or the server denies a subject."""
         self._listeners.append(listener)
@@ -93,14 +119,15 @@ class Connection:
         payload: bytes,
         *,
         reply: str = "",
-        headers: Mapping[str, str] | None = None,
+        headers: Mapping[str, str] | bytes | None = None,
     ) -> None:
-        """Hand one message to the connection. Raises `PayloadTooLarge` or `ConnectionLost`; nothing was sent then."""
-        self._check_size(subject, payload, headers)
-        try:
-            await self._client.publish(str(subject), payload, reply=reply, headers=dict(headers) if headers else None)
-        except NatsError as error:
-            raise ConnectionLost(f"could not publish: {error}", subject=str(subject)) from None
+        """`publish_now`, and wait for the socket where much is unsent."""
+        self.publish_now(subject, payload, reply=reply, headers=headers)
+        if self._client.unsent_bytes > MAX_UNSENT_BYTES:
+            try:
+                await self._client.sent()
+            except OSError as error:
+                raise ConnectionLost(f"could not publish: {error}", subject=str(subject)) from None
 
     def publish_now(
         self,
@@ -108,72 +135,73 @@ class Connection:
         payload: bytes,
         *,
         reply: str = "",
-        headers: Mapping[str, str] | None = None,
+        headers: Mapping[str, str] | bytes | None = None,
     ) -> None:
-        """`publish` without a suspension, for small messages: no task, no turn of the event loop.
+        """Hand one message over, to be written at the end of this turn of the event loop.
 
-        nats-py's publish appends to its buffer and then wakes its flusher; it can only suspend in the second, when
-        that has been woken a thousand times already, so there is nothing left to wait for.
+        `headers` may be the bytes of `header_block`. Raises `PayloadTooLarge`, `ConnectionLost`: nothing was sent then.
         """
-        self._check_size(subject, payload, headers)
-        publishing = self._client.publish(
-            str(subject), payload, reply=reply, headers=dict(headers) if headers else None
-        )
-        try:
-            publishing.send(None)
-        except StopIteration:
-            return
-        except NatsError as error:
-            raise ConnectionLost(f"could not publish: {error}", subject=str(subject)) from None
-        publishing.close()
-
-    def _check_size(self, subject: Subject | str, payload: bytes, headers: Mapping[str, str] | None) -> None:
-        num_bytes = len(payload) + (header_bytes(headers) if headers else 0)
-        if num_bytes > self._client.max_payload:
+        block = headers if isinstance(headers, bytes) else header_block(dict(headers)) if headers else b""
+        num_bytes = len(payload) + len(block)
+        client = self._client
+        if num_bytes > client.max_payload:
             raise PayloadTooLarge(
                 f"a message of {num_bytes:,} bytes is over the NATS server's max_payload of {self.max_payload_bytes:,}",
                 num_bytes=num_bytes,
                 subject=str(subject),
             )
+        name = subject if isinstance(subject, str) else subject.name
+        if block:
+            command = f"HPUB {name} {reply} {len(block)} {num_bytes}\r\n".encode()
+        else:
+            command = f"PUB {name} {reply} {num_bytes}\r\n".encode()
+        try:
+            client.send(b"%b%b%b\r\n" % (command, block, payload))
+        except NatsError as error:
+            raise ConnectionLost(f"could not publish: {error or type(error).__name__}", subject=name) from None
+        client.stats["out_msgs"] += 1
+        client.stats["out_bytes"] += num_bytes
 
     async def subscribe(
-        self, subject: Subject | str, callback: MessageCallback, *, queue_group: str = ""
+        self, subject: Subject | str, callback: MessageCallback, *, queue_group: str | None = ""
     ) -> Subscription:
-        """Call `callback` for each message, one after the other: it only enqueues. Raises `ConnectionLost`."""
+        """Call `callback` for each message, in the order in which they came. Raises `ConnectionLost`.
+
+        `queue_group` None: none at all, where the server's "no responders" is to arrive, which it sends to such
+        subscriptions alone; what comes during a move may then come twice.
+        """
+        group = "" if queue_group is None else queue_group or self._own_group
+        subscription = Subscription(str(subject), group, callback)
+        self._subscriptions.add(subscription)
         try:
-            return await self._client.subscribe(
-                str(subject),
-                queue=queue_group,
-                cb=_guarded(callback, str(subject)),
-                pending_msgs_limit=_CALLBACK_QUEUE_MESSAGES,
-                pending_bytes_limit=_CALLBACK_QUEUE_BYTES,
-            )
+            await self._listen(self._client, subscription)
         except NatsError as error:
+            self._subscriptions.discard(subscription)
             raise ConnectionLost(f"could not subscribe: {error}", subject=str(subject)) from None
+        return subscription
 
     async def unsubscribe(self, subscription: Subscription, timeout_s: float = 2.0) -> None:
         """Take no further messages; those that the server has sent are still called back before this returns.
 
-        nats-py's own drain drops what comes after one flush, and under load something does; so the server is told
-        first, and the subscription kept until two flushes are through (see `confirm_subscriptions`).
+        The server is told first, and the subscription kept until two flushes are through (`confirm_subscriptions`).
         """
-        if not self._client.is_connected:
+        self._subscriptions.discard(subscription)
+        client = self._client
+        number = subscription.numbers.pop(client, None)
+        if number is None or not client.is_connected:
             return
         try:
             async with asyncio.timeout(timeout_s):
-                await self._client._send_unsubscribe(subscription._id)
+                await client.stop_receiving(number)
                 await self.confirm_subscriptions(timeout_s)
-                await subscription.drain()  # type: ignore[no-untyped-call]
         except (TimeoutError, OSError, NatsError, ConnectionLost) as error:
             _LOG.debug("unsubscribing from %s: %s", subscription.subject, error)
+        finally:
+            client.forget(number)
 
     async def flush(self, timeout_s: float) -> None:
         """Wait until the server has seen everything published and subscribed so far."""
-        try:
-            async with asyncio.timeout(timeout_s):
-                await self._client.flush()
-        except (TimeoutError, NatsError) as error:
-            raise ConnectionLost(f"NATS did not answer a flush within {timeout_s:g} s: {error}") from None
+        await self._flush(self._client, timeout_s)
 
     async def confirm_subscriptions(self, timeout_s: float) -> None:
         """Wait until a message from any other connection finds what was subscribed to so far.
@@ -185,61 +213,168 @@ class Connection:
         await self.flush(timeout_s)
 
     def statistics(self) -> dict[str, int]:
-        """Messages and bytes in and out, and reconnects, since the connection was opened."""
-        return dict(self._client.stats)
+        """Messages and bytes in and out, and reconnects, of the client of now; and how many clients were made anew."""
+        return {**self._client.stats, "rebuilt": self.num_rebuilt}
 
     async def close(self, timeout_s: float = 2.0) -> None:
         """Flush what was published and close; ends within `timeout_s` even if the server is gone."""
+        self._is_open = False
+        if self._stuck:
+            self._stuck.cancel()
+        if self._rebuilding:
+            self._rebuilding.cancel()
+            await asyncio.gather(self._rebuilding, return_exceptions=True)
+        await self._end(self._client, timeout_s)
+
+    def _new_client(self) -> DirectClient:
+        def on_broken(reason: str) -> None:
+            self._on_broken(client, reason)
+
+        client = DirectClient(on_broken)
+        return client
+
+    async def _connect(self, client: DirectClient, servers: list[str], timeout_s: float) -> None:
+        async def on_error(error: Exception) -> None:
+            self._on_error(client, error)
+
+        async def on_reconnected() -> None:
+            self._on_reconnected(client)
+
+        async def on_closed() -> None:
+            self._rebuild(client, "the connection was closed")
+
+        async def on_lame_duck() -> None:
+            self._rebuild(client, "the server is about to stop")
+
         try:
             async with asyncio.timeout(timeout_s):
-                if self._client.is_connected:
-                    await self._client.flush()
-                await self._client.close()
-        except (TimeoutError, OSError, RuntimeError, NatsError) as error:  # a lost server is no reason not to close
-            _LOG.debug("closing %s: %s", self.name, error)
+                await client.connect(
+                    **{
+                        "servers": servers,
+                        "name": self.name,
+                        "max_reconnect_attempts": -1,
+                        "reconnect_time_wait": 0.25,
+                        "connect_timeout": 2,
+                        "ping_interval": 5,
+                        "inbox_prefix": self.inbox_prefix,
+                        "skip_subject_validation": True,  # ours are built by schemas.subjects, which checks every part
+                        **self._options,
+                        "error_cb": on_error,
+                        "reconnected_cb": on_reconnected,
+                        "closed_cb": on_closed,
+                        "lame_duck_mode_cb": on_lame_duck,
+                    }
+                )
+        except (TimeoutError, OSError, NatsError) as error:
+            reason = self._last_error or str(error) or "no answer"
+            raise ConnectionLost(
+                f"no connection to NATS at {redacted(self._url)} within {timeout_s:g} s: {reason}"
+            ) from None
 
-    async def _on_error(self, error: Exception) -> None:
-        self._last_error = str(error)
+    async def _listen(self, client: DirectClient, subscription: Subscription) -> None:
+        subscription.numbers[client] = await client.receive(
+            subscription.subject, subscription.queue_group, subscription.callback
+        )
+
+    async def _flush(self, client: DirectClient, timeout_s: float) -> None:
+        try:
+            async with asyncio.timeout(timeout_s):
+                await client.flush()
+        except (TimeoutError, OSError, NatsError) as error:
+            raise ConnectionLost(f"NATS did not answer a flush within {timeout_s:g} s: {error}") from None
+
+    def _on_error(self, client: DirectClient, error: Exception) -> None:
+        self._last_error = str(error) or type(error).__name__
         denied = _DENIED.search(str(error))
         if denied:
             subject = denied.group(1)
             self._tell(PermissionDenied("the NATS server denied the subject", subject=subject), subject)
-        elif self._client.is_connected:
+        elif client.is_connected and self._is_open:
             _LOG.warning("NATS reports to %s: %s", self.name, error)
 
-    async def _on_disconnected(self) -> None:
-        self._tell(ConnectionLost("the connection to NATS was lost"), "")
+    def _on_broken(self, client: DirectClient, reason: str) -> None:
+        if client is not self._client or not self._is_open:
+            return
+        self._tell(ConnectionLost(f"the connection to NATS was lost: {reason}"), "")
+        self._watch_for_return(client)
 
-    async def _on_closed(self) -> None:
-        if not self.closed.done():
-            self.closed.set_result(self._last_error or "closed")
+    def _on_reconnected(self, client: DirectClient) -> None:
+        if client is self._client and self._stuck:
+            self._stuck.cancel()
+
+    def _watch_for_return(self, client: DirectClient) -> None:
+        if self._stuck:
+            self._stuck.cancel()
+        loop = asyncio.get_running_loop()
+        self._stuck = loop.call_later(STUCK_S, self._rebuild, client, "it did not come back", context=Context())
+
+    def _rebuild(self, client: DirectClient, reason: str) -> None:
+        """Replace `client`, which is closed, stuck or about to be dropped."""
+        is_busy = self._rebuilding is not None and not self._rebuilding.done()
+        if client is not self._client or is_busy or not self._is_open:
+            return
+        _LOG.warning("%s makes a new connection to NATS: %s", self.name, reason)
+        self._rebuilding = asyncio.get_running_loop().create_task(self._replace(client), context=Context())
+
+    async def _replace(self, old: DirectClient) -> None:
+        if not old.is_connected:
+            self._tell(ConnectionLost("the connection to NATS was lost"), "")
+        servers = self._servers_known_to(old)
+        for attempt in itertools.count():
+            client = self._new_client()
+            try:
+                await self._connect(client, servers, 5.0)
+                for subscription in list(self._subscriptions):
+                    await self._listen(client, subscription)
+                await self._flush(client, 5.0)
+                await self._flush(client, 5.0)
+                break
+            except (ConnectionLost, OSError, NatsError) as error:
+                _LOG.info("%s has no new connection yet: %s", self.name, error)
+                await self._discard(client)
+            except asyncio.CancelledError:
+                await self._discard(client)
+                raise
+            await asyncio.sleep(REBUILD_PAUSES_S[min(attempt, len(REBUILD_PAUSES_S) - 1)])
+            if old.is_connected and not old._server_info.get("ldm"):
+                return  # it came back by itself
+        self._client = client
+        self.num_rebuilt += 1
+        await self._retire(old)
+
+    def _servers_known_to(self, client: DirectClient) -> list[str]:
+        """Ours, and those that the cluster told of, if nothing in our URL belongs to our own servers alone."""
+        told = [] if "@" in self._url else [s.uri.geturl() for s in client._server_pool if s.discovered]
+        return list(dict.fromkeys([*self._url.split(","), *told]))
+
+    async def _retire(self, old: DirectClient) -> None:
+        """Let what the old client's server has sent arrive, then close it."""
+        if old.is_connected:
+            await asyncio.sleep(LINGER_S)
+            for subscription in list(self._subscriptions):
+                if old in subscription.numbers:
+                    await old.stop_receiving(subscription.numbers[old])
+        await self._discard(old)
+
+    async def _discard(self, client: DirectClient) -> None:
+        await self._end(client, 2.0)
+        for subscription in list(self._subscriptions):
+            subscription.numbers.pop(client, None)
+
+    async def _end(self, client: DirectClient, timeout_s: float) -> None:
+        try:
+            async with asyncio.timeout(timeout_s):
+                if client.is_connected:
+                    await client.flush()
+                await client.close()
+        except (TimeoutError, OSError, RuntimeError, NatsError) as error:  # a lost server is no reason not to close
+            _LOG.debug("closing %s: %s", self.name, error)
 
     def _tell(self, error: ControlPlaneError, subject: str) -> None:
         for listener in self._listeners:
             listener(error, subject)
 
 
-def header_bytes(headers: Mapping[str, str] | None) -> int:
-    """Bytes that headers take on the wire, as the server counts them."""
-    if not headers:
-        return 0
-    return _HEADER_OVERHEAD_BYTES + sum(
-        len(name.encode()) + len(value.encode()) + _HEADER_LINE_OVERHEAD_BYTES for name, value in headers.items()
-    )
-
-
 def redacted(url: str) -> str:
     """The URL without user and password."""
     return re.sub(r"//[^/@]*@", "//", url)
-
-
-def _guarded(callback: MessageCallback, subject: str) -> MessageCallback:
-    async def call(message: Msg) -> None:
-        try:
-            await callback(message)
-        except BusError as error:
-            _LOG.warning("a message on %s was dropped: %s", subject, error)
-        except Exception:
-            _LOG.exception("the callback for %s failed", subject)
-
-    return call

@@ -53,10 +53,10 @@ class Service:
         """Disappear from discovery."""
         await asyncio.gather(*(self._connection.unsubscribe(subscription) for subscription in self._subscriptions))
 
-    async def _on_message(self, message: Msg) -> None:
+    def _on_message(self, message: Msg) -> None:
         if message.reply:
             verb = message.subject.split(".")[1]
-            await self._connection.publish(message.reply, msgspec.json.encode(self._answer(verb)))
+            self._connection.publish_now(message.reply, msgspec.json.encode(self._answer(verb)))
 
     def _answer(self, verb: str) -> dict[str, Any]:
         answer: dict[str, Any] = {
@@ -90,7 +90,7 @@ async def _ask_all(connection: Connection, inbox: Inbox, subject: str, timeout_s
     answers: list[dict[str, Any]] = []
     overall = Deadline.after(timeout_s)
     async with inbox.waiting(subject) as (reply_subject, waiter):
-        await connection.publish(subject, b"", reply=reply_subject)
+        connection.publish_now(subject, b"", reply=reply_subject)
         while not overall.expired:
             quiet = overall if not answers else Deadline.after(min(QUIET_S, overall.remaining_s))
             try:

@@ -3,12 +3,16 @@
 In: messages on `_INBOX.<client>.<nonce>.<token>`. Out: each to the waiter of its token, or an error to it.
 Invariants: a waiter is told at once of "no responders", a lost connection and a denied subject (nats-py's own
 request() would time out); a token is used once and forgotten when its waiter leaves, so late replies are dropped.
+A message that asks for nothing but whether somebody is here (`is_probe`) reaches no waiter: that it could be delivered
+is the answer.
 """
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import Protocol
 
 from bus.control_plane.connection import Connection, Msg
 from bus.deadline import Deadline
@@ -17,6 +21,19 @@ from schemas.subjects import Subject
 
 MAX_UNREAD_REPLIES = 65_536
 """Replies that wait unread before the waiter is failed: tokens of a stream whose consumer stopped reading."""
+PROBE_HEADER = "Nixlbus-Probe"
+
+
+class Waiter(Protocol):
+    """What stands in the table."""
+
+    subject: str
+
+    def take(self, message: Msg) -> None:
+        """Be given a reply."""
+
+    def fail(self, error: BusError) -> None:
+        """Be told that there will be none."""
 
 
 class SingleWaiter:
@@ -33,9 +50,13 @@ class SingleWaiter:
 
     def take(self, message: Msg) -> None:
         """Resolve `reply`."""
-        if is_no_responders(message):
-            self.fail(NoResponders("nobody listens", subject=self.subject))
-        elif not self.reply.done():
+        if message.header_block and not message.data:
+            if is_no_responders(message):
+                self.fail(NoResponders("nobody listens", subject=self.subject))
+                return
+            if PROBE_HEADER in message.headers:
+                return
+        if not self.reply.done():
             self.reply.set_result(message)
 
     def fail(self, error: BusError) -> None:
@@ -57,36 +78,49 @@ class StreamWaiter:
 
     def __init__(self, subject: str) -> None:
         self.subject = subject
-        self._replies: asyncio.Queue[Msg | BusError] = asyncio.Queue(maxsize=MAX_UNREAD_REPLIES)
+        self._replies: deque[Msg | BusError] = deque()
+        self._arrived: asyncio.Future[None] | None = None
 
     async def next(self, deadline: Deadline) -> Msg:
         """The next reply. Raises `DeadlineExceeded`, or what the waiter was failed with."""
-        try:
-            async with asyncio.timeout(deadline.remaining_s):
-                reply = await self._replies.get()
-        except TimeoutError:
-            raise DeadlineExceeded("no reply within the deadline", subject=self.subject) from None
+        while not self._replies:
+            loop = asyncio.get_running_loop()
+            arrived = self._arrived = loop.create_future()
+            timer = loop.call_later(max(0.0, deadline.remaining_s), self._expire)
+            try:
+                await arrived
+            finally:
+                timer.cancel()
+                self._arrived = None
+        reply = self._replies.popleft()
         if isinstance(reply, BusError):
             raise reply
         return reply
 
     def take(self, message: Msg) -> None:
         """Queue a reply for `next`."""
-        if is_no_responders(message):
-            self.fail(NoResponders("nobody listens", subject=self.subject))
-        else:
-            self._put(message)
+        if message.header_block and not message.data:
+            if is_no_responders(message):
+                self.fail(NoResponders("nobody listens", subject=self.subject))
+                return
+            if PROBE_HEADER in message.headers:
+                return
+        self._put(message)
 
     def fail(self, error: BusError) -> None:
         """Make `next` raise `error`, after the replies already here."""
         self._put(error)
 
+    def _expire(self) -> None:
+        self._put(DeadlineExceeded("no reply within the deadline", subject=self.subject))
+
     def _put(self, item: Msg | BusError) -> None:
-        if self._replies.full():
-            while not self._replies.empty():
-                self._replies.get_nowait()
+        if len(self._replies) >= MAX_UNREAD_REPLIES:
+            self._replies.clear()
             item = RemoteProtocolError("replies came faster than they were read", subject=self.subject)
-        self._replies.put_nowait(item)
+        self._replies.append(item)
+        if self._arrived is not None and not self._arrived.done():
+            self._arrived.set_result(None)
 
 
 class Inbox:
@@ -95,13 +129,13 @@ class Inbox:
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._prefix = f"{connection.inbox_prefix}.{secrets.token_hex(6)}"
-        self._waiters: dict[str, SingleWaiter | StreamWaiter] = {}
+        self._waiters: dict[str, Waiter] = {}
         self._serial = 0
         connection.on_loss(self._on_loss)
 
     async def open(self) -> None:
         """Subscribe."""
-        await self._connection.subscribe(f"{self._prefix}.*", self._on_reply)
+        await self._connection.subscribe(f"{self._prefix}.*", self._on_reply, queue_group=None)
 
     @property
     def num_waiters(self) -> int:
@@ -125,10 +159,17 @@ class Inbox:
     @asynccontextmanager
     async def waiting(self, subject: Subject | str) -> AsyncIterator[tuple[str, StreamWaiter]]:
         """A reply subject for one request to `subject`, and its waiter. Raises `ConnectionLost` when not connected."""
-        token = self._new_token(subject)
-        waiter = self._waiters[token] = StreamWaiter(str(subject))
+        waiter = StreamWaiter(str(subject))
+        with self.listening(waiter) as reply_subject:
+            yield reply_subject, waiter
+
+    @contextmanager
+    def listening(self, waiter: Waiter) -> Iterator[str]:
+        """A reply subject whose messages `waiter` takes. Raises `ConnectionLost` when not connected."""
+        token = self._new_token(waiter.subject)
+        self._waiters[token] = waiter
         try:
-            yield f"{self._prefix}.{token}", waiter
+            yield f"{self._prefix}.{token}"
         finally:
             del self._waiters[token]
 
@@ -138,7 +179,7 @@ class Inbox:
         self._serial += 1
         return f"{self._serial:x}"
 
-    async def _on_reply(self, message: Msg) -> None:
+    def _on_reply(self, message: Msg) -> None:
         waiter = self._waiters.get(message.subject.rpartition(".")[2])
         if waiter is not None:
             waiter.take(message)
@@ -151,4 +192,4 @@ class Inbox:
 
 def is_no_responders(message: Msg) -> bool:
     """Whether this is the server's own answer that nobody listens (an empty message with status 503)."""
-    return not message.data and bool(message.headers) and (message.headers or {}).get("Status") == "503"
+    return not message.data and message.headers.get("Status") == "503"

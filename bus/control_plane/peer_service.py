@@ -7,7 +7,7 @@ the protocol's version, and no span, since they are events of the operation's.
 
 import logging
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from bus.control_plane.connection import Connection, Msg
 from bus.errors import BusError, fault_of
@@ -35,24 +35,22 @@ async def serve_peers(
             _LOG.exception("%s failed", subject.template)
             return fault_of(error, worker_id=worker_id)
 
-    async def on_message(message: Msg) -> None:
+    def on_message(message: Msg) -> None:
         if message.reply:
             connection.publish_now(message.reply, encode(reply_to(message)))
 
     await connection.subscribe(subject, on_message)
 
 
-def typed(message_type: type[M], callback: Callable[[M], Any]) -> Callable[[Msg], Any]:
+def typed(message_type: type[M], callback: Callable[[M], None]) -> Callable[[Msg], None]:
     """A subscription callback for events: decodes, and drops what isn't a `message_type`."""
 
-    async def on_message(message: Msg) -> None:
+    def on_message(message: Msg) -> None:
         try:
             event = decode(message.data, message_type)
         except MessageError as error:
             _LOG.warning("a message on %s was dropped: %s", message.subject, error)
             return
-        result = callback(event)
-        if result is not None:
-            await result
+        callback(event)
 
     return on_message

@@ -8,8 +8,8 @@ import pytest
 import yaml  # type: ignore[import-untyped]
 
 from schemas.traces import TRACE_STORE_ID
-from workers.process import DRAIN_TIMEOUT_S
 from workers.roles import GRAPH_ROLES
+from workers.worker import DRAIN_TIMEOUT_S
 
 ROOT = Path(__file__).parent.parent.parent
 COMPOSE_FILES = ("docker-compose.yml", "deploy/compose.receiver.yml", "deploy/compose.shared-memory.yml")

@@ -6,10 +6,10 @@ from typing import Any
 import msgspec
 from hypothesis import strategies as st
 
-from schemas import fault, generate, handshake, operations, performance, stages, traces
+from schemas import fault, generate, handshake, operations, performance, stages, stream, traces
 from schemas.message import Message
 
-MODULES = (fault, generate, handshake, operations, performance, stages, traces)
+MODULES = (fault, generate, handshake, operations, performance, stages, stream, traces)
 
 ID = "0123456789abcdef"
 GRANT = operations.RdmaMetadata(
@@ -61,6 +61,7 @@ EXAMPLES: dict[str, Message] = {
         request_id="r1",
     ),
     "generate.chunk": generate.GenerateChunk(seq=0, text="This", token_ids=[17]),
+    "stream.end": stream.StreamEnd(seq=3),
     "generate.done": generate.GenerateDone(
         seq=7,
         finish_reason="stop",
@@ -168,7 +169,8 @@ def message_types() -> dict[str, type[Message]]:
         for _, value in inspect.getmembers(module, inspect.isclass):
             if issubclass(value, Message) and value is not Message and value.__module__ == module.__name__:
                 found[str(value.__struct_config__.tag)] = value
-    found.pop("StageRequest", None)  # the base of three, no message of its own
+    for base in ("StageRequest", "Frame", "LastFrame"):  # of several, no messages of their own
+        found.pop(base, None)
     return found
 
 

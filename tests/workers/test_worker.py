@@ -1,50 +1,198 @@
-from collections.abc import AsyncGenerator
+"""What a worker's class declares, and what becomes of it on a real bus."""
+
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
 
-from schemas.message import Message
+from bus import Bus, BusConfig, EmbeddedServer, Frame, LastFrame, Message, RemoteFault, RequestContext, current_request
+from bus.errors import RequestRefused
+from schemas.fault import FaultCode
+from workers import Worker, endpoint, on_event
+from workers.declaration import DeclaredEndpoint, declared, request_type
 from workers.roles import GRAPH_ROLES, role_class, role_names
-from workers.worker import Worker, declared_endpoints, endpoint, request_type
 
 
-class Question(Message, frozen=True, kw_only=True, tag="test.question"):
-    text: str
+class Add(Message, frozen=True, kw_only=True, tag="test.add"):
+    a: int
+    b: int = 0
 
 
-class Chatter(Worker):
-    role = "chatter"
+class Sum(Message, frozen=True, kw_only=True, tag="test.sum"):
+    total: int
 
-    @endpoint("talk", concurrency=3)
-    async def talk(self, request: Question) -> AsyncGenerator[Question, None]:
-        yield request
 
-    @endpoint("whisper", direct=True)
-    async def whisper(self, request: Question) -> Question:
-        return request
+class Number(Frame, frozen=True, kw_only=True, tag="test.number"):
+    number: int
+
+
+class Total(LastFrame, frozen=True, kw_only=True, tag="test.total"):
+    total: int
+
+
+@asynccontextmanager
+async def refuse_13(context: RequestContext) -> AsyncIterator[None]:
+    if isinstance(context.message, Add) and context.message.a == 13:
+        raise RequestRefused(FaultCode.UNSUPPORTED, "not this one")
+    if isinstance(context.message, Add) and context.message.a == 14:
+        context.message = Add(a=100)
+    yield
+
+
+class Calculator(Worker):
+    group = "math"
+    middleware = (refuse_13,)
+
+    def __init__(self, bus: Bus, offset: int = 0) -> None:
+        super().__init__(bus)
+        self.offset = offset
+        self.log: list[str] = []
+
+    async def start(self) -> None:
+        self.log.append("start")
+
+    async def stop(self) -> None:
+        self.log.append("stop")
+
+    @endpoint(concurrency=3, timeout_s=7)
+    async def add(self, request: Add) -> Sum:
+        return Sum(total=request.a + request.b + self.offset)
+
+    @endpoint("upto")
+    async def count(self, request: Add) -> AsyncGenerator[Number, None]:
+        for number in range(request.a):
+            yield Number(number=number)
+
+    @endpoint()
+    async def count_and_sum(self, request: Add) -> AsyncGenerator[Number | Total, None]:
+        for number in range(request.a):
+            yield Number(number=number)
+        yield Total(total=sum(range(request.a)))
+
+    @endpoint(direct=True)
+    async def whoami(self, request: Add) -> Sum:
+        context = current_request()
+        assert context is not None
+        assert context.worker_id == self.bus.worker_id
+        return Sum(total=len(context.request_id))
+
+    @on_event("added")
+    async def on_added(self, event: Sum) -> None:
+        self.log.append(f"added {event.total}")
 
     async def no_endpoint(self) -> None: ...
 
 
-def test_endpoints_are_the_declared_methods_with_their_request_types() -> None:
-    worker = Chatter.__new__(Chatter)
-    declared = {declaration.stage: (declaration, method) for declaration, method in declared_endpoints(worker)}
-    assert set(declared) == {"talk", "whisper"}
-    assert declared["talk"][0].concurrency == 3
-    assert declared["whisper"][0].direct
-    assert all(request_type(method) is Question for _, method in declared.values())
+@pytest.fixture
+async def calculator(nats: EmbeddedServer) -> AsyncIterator[Calculator]:
+    config = BusConfig(worker_id="calculator-1", nats_url=nats.url)
+    async with Calculator.running(config, 1000) as worker:
+        yield worker
+
+
+@pytest.fixture
+async def client(nats: EmbeddedServer) -> AsyncIterator[Bus]:
+    async with Bus.open(BusConfig(worker_id="client", nats_url=nats.url), data_plane=False) as bus:
+        yield bus
+
+
+def test_endpoints_are_the_declared_methods_with_their_types() -> None:
+    found = {each.stage: each for each in declared(Calculator, DeclaredEndpoint)}
+    assert set(found) == {"add", "upto", "count_and_sum", "whoami"}
+    assert (found["add"].options.concurrency, found["whoami"].options.direct) == (3, True)
+    assert all(each.request_type is Add for each in found.values())
+    assert found["count_and_sum"].reply_type == Number | Total
+
+
+def test_a_class_tells_its_callers_where_what_and_how_long() -> None:
+    call = Calculator.add
+    assert (call.place.group, call.place.stage, call.request_type, call.reply_type, call.timeout_s) == (
+        "math",
+        "add",
+        Add,
+        Sum,
+        7,
+    )
+    assert Calculator.count.timeout_s == Worker.timeout_s
+
+
+async def test_a_declared_endpoint_is_called_by_its_class_and_typed(calculator: Calculator, client: Bus) -> None:
+    reply = await client.request(Calculator.add, Add(a=1, b=2))
+    assert reply.total == 1003
+    assert (await calculator.add(Add(a=1))).total == 1001  # on an instance it is the method
+
+
+async def test_a_stream_is_numbered_and_ended_by_the_framework(calculator: Calculator, client: Bus) -> None:
+    frames = [frame async for frame in client.stream(Calculator.count, Add(a=3))]
+    assert [(frame.seq, frame.number) for frame in frames] == [(0, 0), (1, 1), (2, 2)]
+    assert [frame async for frame in client.stream(Calculator.count, Add(a=0))] == []
+    *numbers, total = [frame async for frame in client.stream(Calculator.count_and_sum, Add(a=4))]
+    assert len(numbers) == 4
+    assert total == Total(seq=4, total=6)
+
+
+async def test_a_direct_endpoint_is_one_instance_s(calculator: Calculator, client: Bus) -> None:
+    assert (await client.request(Calculator.whoami.at("calculator-1"), Add(a=0))).total == 16
+
+
+async def test_middleware_refuses_and_replaces(calculator: Calculator, client: Bus) -> None:
+    with pytest.raises(RemoteFault, match="not this one") as caught:
+        await client.request(Calculator.add, Add(a=13))
+    assert caught.value.fault.code == "unsupported"
+    assert (await client.request(Calculator.add, Add(a=14))).total == 1100
+
+
+async def test_events_reach_every_handler(calculator: Calculator, client: Bus) -> None:
+    await calculator.emit("added", Sum(total=5))
+    await client.publish(client.subjects.event("somebody", "added"), Sum(total=6))
+    await client.request(Calculator.add, Add(a=1))
+    for _ in range(100):
+        if len(calculator.log) == 3:
+            break
+        await client.request(Calculator.add, Add(a=1))
+    assert sorted(calculator.log) == ["added 5", "added 6", "start"]  # of two senders, so in any order
+
+
+async def test_a_worker_starts_before_it_serves_and_stops_after_it_drained(nats: EmbeddedServer) -> None:
+    async with Calculator.running(BusConfig(worker_id="c", nats_url=nats.url)) as worker:
+        assert worker.not_ready == ""
+        await worker.bus.drain(1)
+        assert worker.not_ready == "draining"
+    assert worker.log == ["start", "stop"]
+
+
+async def test_a_declaration_without_types_is_refused_before_anything_is_served(nats: EmbeddedServer) -> None:
+    class Vague(Worker):
+        @endpoint()
+        async def a_fine_one(self, request: Add) -> Sum:
+            return Sum(total=0)
+
+        @endpoint()
+        async def vague(self, request: Any) -> Any: ...
+
+    with pytest.raises(TypeError, match=r"vague must take one argument, annotated with a Message class"):
+        async with Vague.running(BusConfig(worker_id="v", nats_url=nats.url)):
+            raise AssertionError("it served")
 
 
 def test_a_handler_whose_request_has_no_message_type_is_refused() -> None:
     async def untyped(request: Any) -> Any:
         return request
 
-    async def two(request: Question, more: int) -> Any:
+    async def two(request: Add, more: int) -> Any:
         return request, more
 
     for handler in (untyped, two):
         with pytest.raises(TypeError, match="annotated with a Message class"):
             request_type(handler)
+
+
+def test_a_role_is_named_after_its_class_and_its_group_after_its_role() -> None:
+    class ThumbnailMaker(Worker): ...
+
+    assert (ThumbnailMaker.role, ThumbnailMaker.group) == ("thumbnail-maker", "thumbnail-maker")
+    assert (Calculator.role, Calculator.group) == ("calculator", "math")
 
 
 def test_every_role_has_a_class_that_bears_its_name() -> None:

@@ -2,7 +2,7 @@
 
 from importlib import import_module
 
-from workers.worker import Worker
+from workers.roles.graph_worker import GraphWorker
 
 _ROLES = {
     "frontend": "workers.roles.frontend:FrontendWorker",
@@ -21,8 +21,8 @@ def role_names() -> list[str]:
     return list(_ROLES)
 
 
-def role_class(name: str) -> type[Worker]:
+def role_class(name: str) -> type[GraphWorker]:
     """The class of a role; its module is imported now. Raises `KeyError` for an unknown name."""
     module, _, attribute = _ROLES[name].partition(":")
-    worker_class: type[Worker] = getattr(import_module(module), attribute)
+    worker_class: type[GraphWorker] = getattr(import_module(module), attribute)
     return worker_class

@@ -9,16 +9,16 @@ from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any, ClassVar
 
-from bus import BlockLayout, BlockPool, CallMeter, RequestRefused
+from bus import THRICE, BlockLayout, BlockPool, CallMeter, RequestRefused
 from observability import semantic_conventions as names
 from observability.tracing import span
 from schemas.fault import FaultCode
 from schemas.stages import DecodeDone, DecodeRequest, DecodeToken, PrefillReply, PrefillRequest
+from workers.declaration import endpoint
 from workers.ledger import Ledger
 from workers.models.transformers_adapter import TransformersLanguageModel
 from workers.models.vision_language_model import LanguageModel, ModelIdentity
 from workers.roles.model_worker import ModelWorker
-from workers.worker import endpoint
 
 
 class DecodeWorker(ModelWorker):
@@ -62,26 +62,26 @@ class DecodeWorker(ModelWorker):
             )
         cache, token_id = await self._prefilled(request, ledger)
         with span("model.decode") as decoding:
-            position, seq = len(request.input_ids), 0
+            position, num_tokens = len(request.input_ids), 0
             started_s = time.perf_counter()
             while True:
-                yield DecodeToken(seq=seq, token_id=token_id)
-                seq += 1
+                yield DecodeToken(token_id=token_id)
+                num_tokens += 1
                 stopped = token_id in request.stop_token_ids
-                if stopped or seq == request.max_tokens:
+                if stopped or num_tokens == request.max_tokens:
                     break
                 token_id = await self.thread.run(self._next_token, cache, token_id, position)
                 position += 1
             finish_reason = "stop" if stopped else "length"
             decoding.set(
                 {
-                    names.GEN_AI_USAGE_OUTPUT_TOKENS: seq,
+                    names.GEN_AI_USAGE_OUTPUT_TOKENS: num_tokens,
                     names.GEN_AI_RESPONSE_FINISH_REASONS: [finish_reason],
-                    "model.ms_per_token": round((time.perf_counter() - started_s) * 1e3 / seq, 3),
+                    "model.ms_per_token": round((time.perf_counter() - started_s) * 1e3 / num_tokens, 3),
                 }
             )
         hops, elapsed_ms = ledger.close()
-        yield DecodeDone(seq=seq, finish_reason="stop" if stopped else "length", hops=hops, elapsed_ms=elapsed_ms)
+        yield DecodeDone(finish_reason="stop" if stopped else "length", hops=hops, elapsed_ms=elapsed_ms)
 
     async def _prefilled(self, request: DecodeRequest, ledger: Ledger) -> tuple[Any, int]:
         """The model's cache after the prompt, made of bytes that were proved complete, and the first token."""
@@ -102,6 +102,7 @@ class DecodeWorker(ModelWorker):
                     ),
                     PrefillReply,
                     timeout_s=self.settings.request_timeout_s,
+                    retry=THRICE,
                     meter=meter,
                 )
                 await kv

@@ -12,12 +12,12 @@ import torch
 from bus import IncompatiblePeer
 from observability.tracing import span
 from schemas.stages import EncodeReply, EncodeRequest
+from workers.declaration import endpoint
 from workers.ledger import Ledger
 from workers.models.images import blank_image
 from workers.models.transformers_adapter import TransformersVisionEncoder
 from workers.models.vision_language_model import ModelIdentity, VisionEncoder
 from workers.roles.model_worker import ModelWorker
-from workers.worker import endpoint
 
 
 class EncodeWorker(ModelWorker):

@@ -15,7 +15,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import aclosing
 from typing import Any, ClassVar
 
-from bus import Bus, BusError, ConfigError, RequestRefused, fault_of
+from bus import THRICE, Bus, BusError, ConfigError, RequestRefused, fault_of
 from observability import semantic_conventions as names
 from observability.active_span import Span, SpanKind
 from observability.propagation import extract
@@ -23,8 +23,8 @@ from observability.tracing import start_span
 from schemas.fault import Fault, FaultCode
 from schemas.generate import GenerateChunk, GenerateDone, GenerateRequest
 from workers import openai_api
+from workers.roles.graph_worker import GraphWorker
 from workers.settings import Settings
-from workers.worker import Worker
 
 try:
     import uvicorn
@@ -40,7 +40,7 @@ MAX_BODY_BYTES = 12 << 20
 """An image of 8 MiB, the bus's max_payload, is 10.7 MiB as base64."""
 
 
-class FrontendWorker(Worker):
+class FrontendWorker(GraphWorker):
     """Serves HTTP on the worker's own event loop."""
 
     role: ClassVar[str] = "frontend"
@@ -121,6 +121,7 @@ class FrontendWorker(Worker):
             GenerateChunk,
             GenerateDone,
             timeout_s=self.settings.request_timeout_s,
+            retry=THRICE,
             parent=server_span,
         )
 

@@ -10,11 +10,11 @@ from schemas.stages import StageRequest
 from workers.model_thread import ModelThread
 from workers.models.packaged import digits_path
 from workers.models.vision_language_model import ModelIdentity
+from workers.roles.graph_worker import GraphWorker
 from workers.settings import Settings
-from workers.worker import Worker
 
 
-class ModelWorker(Worker, ABC):
+class ModelWorker(GraphWorker, ABC):
     """A worker with a piece of the model. Subclasses load it in `load` and set `identity`."""
 
     role: ClassVar[str] = "model"

@@ -11,14 +11,14 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from bus import CallMeter
+from bus import THRICE, CallMeter
 from observability.tracing import span
 from schemas.stages import EncodeReply, EncodeRequest, PrefillReply, PrefillRequest
+from workers.declaration import endpoint
 from workers.ledger import Ledger
 from workers.models.transformers_adapter import TransformersLanguageModel
 from workers.models.vision_language_model import LanguageModel, ModelIdentity
 from workers.roles.model_worker import ModelWorker
-from workers.worker import endpoint
 
 if TYPE_CHECKING:
     import torch
@@ -82,6 +82,7 @@ class PrefillWorker(ModelWorker):
                     ),
                     EncodeReply,
                     timeout_s=self.settings.request_timeout_s,
+                    retry=THRICE,
                     meter=meter,
                 )
                 await embeddings

@@ -11,18 +11,18 @@ from contextlib import aclosing
 from pathlib import Path
 from typing import Any, ClassVar
 
-from bus import CallMeter, RequestRefused
+from bus import THRICE, CallMeter, RequestRefused
 from observability import semantic_conventions as names
 from observability.tracing import current_span
 from schemas.fault import FaultCode
 from schemas.generate import MAX_IMAGES, ChatMessage, GenerateChunk, GenerateDone, GenerateRequest, ImagePart, Usage
 from schemas.stages import DecodeDone, DecodeRequest, DecodeToken
+from workers.declaration import endpoint
 from workers.ledger import Ledger
 from workers.models.images import image_size
 from workers.models.transformers_adapter import TransformersPromptTokenizer
 from workers.models.vision_language_model import ModelIdentity, PromptTokenizer, TokenizedPrompt
 from workers.roles.model_worker import ModelWorker
-from workers.worker import endpoint
 
 
 class ProcessorWorker(ModelWorker):
@@ -69,26 +69,24 @@ class ProcessorWorker(ModelWorker):
         )
         meter = CallMeter()
         text = self.tokenizer.text_stream()
-        seq = 0
         frames = self.bus.stream(
             self.bus.subjects.graph(self.settings.graph, "decode"),
             decode_request,
             DecodeToken,
             DecodeDone,
             timeout_s=self.settings.request_timeout_s,
+            retry=THRICE,
             meter=meter,
         )
         async with aclosing(frames):
             async for frame in frames:
                 if isinstance(frame, DecodeToken):
-                    yield GenerateChunk(seq=seq, text=text.push([frame.token_id]), token_ids=[frame.token_id])
-                    seq += 1
+                    yield GenerateChunk(text=text.push([frame.token_id]), token_ids=[frame.token_id])
                 else:
                     done: DecodeDone = frame
         rest = text.finish()
         if rest:
-            yield GenerateChunk(seq=seq, text=rest, token_ids=[])
-            seq += 1
+            yield GenerateChunk(text=rest, token_ids=[])
         ledger.own()
         ledger.call("decode", meter, done.hops, done.elapsed_ms)
         current_span().set(
@@ -96,7 +94,6 @@ class ProcessorWorker(ModelWorker):
         )
         hops, elapsed_ms = ledger.close()
         yield GenerateDone(
-            seq=seq,
             finish_reason=done.finish_reason,
             model=self.identity.name,
             usage=Usage(prompt_tokens=len(prompt.input_ids), completion_tokens=done.seq),

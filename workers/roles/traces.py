@@ -12,14 +12,15 @@ from observability.receiver import OtlpReceiver
 from observability.trace_store import TraceIncompleteError, TraceStore
 from schemas.fault import FaultCode
 from schemas.traces import TraceReply, TraceRequest
+from workers.declaration import endpoint
+from workers.roles.graph_worker import GraphWorker
 from workers.settings import Settings
-from workers.worker import Worker, endpoint
 
 SETTLE_S = 5.0
 """How long a trace may take to become whole once it is asked for: exporters send every fraction of a second."""
 
 
-class TracesWorker(Worker):
+class TracesWorker(GraphWorker):
     """Receives spans and answers for them."""
 
     role: ClassVar[str] = "traces"

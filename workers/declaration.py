@@ -1,0 +1,224 @@
+"""What a worker's class declares: endpoints that answer requests, and handlers of events.
+
+In: typed async methods. Out: on the class, what a caller needs (`UnaryCall`, `StreamCall`, for `Bus.request` and
+`Bus.stream`); on an instance, the bound method itself. Types come from the annotations and are checked when a worker
+begins to serve, before it subscribes to anything.
+"""
+
+import inspect
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from types import UnionType
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, Union, get_args, get_origin, get_type_hints, overload
+
+from bus import Middleware, Place, RetryPolicy, StreamCall, UnaryCall
+from schemas.message import Message
+
+if TYPE_CHECKING:
+    from workers.worker import Worker
+
+Q = TypeVar("Q", bound=Message)
+R = TypeVar("R", bound=Message)
+_STREAMS = (AsyncGenerator, AsyncIterator)
+
+
+@dataclass(frozen=True, slots=True)
+class EndpointOptions:
+    """How an endpoint is served; see `endpoint`."""
+
+    stage: str = ""
+    queue_group: str | None = None
+    concurrency: int = 16
+    max_queued: int = 256
+    timeout_s: float | None = None
+    retry: RetryPolicy = RetryPolicy()  # noqa: RUF009  # frozen
+    public: bool = False
+    direct: bool = False
+    middleware: Sequence[Middleware] = ()
+
+
+class Declared:
+    """A declared method: its name, its function, its types."""
+
+    def __init__(self, method: Callable[..., Any]) -> None:
+        self.method = method
+        self.__doc__ = method.__doc__
+        self.name = method.__name__
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    @property
+    def request_type(self) -> type[Message]:
+        """The type of the method's one argument. Raises `TypeError` if that is no message."""
+        return request_type(self.method)
+
+    def bound(self, worker: "Worker") -> Callable[[Any], Any]:
+        """The method of `worker`."""
+        bound: Callable[[Any], Any] = self.method.__get__(worker)
+        return bound
+
+
+class DeclaredEndpoint(Declared):
+    """An endpoint of a class, with its options."""
+
+    def __init__(self, method: Callable[..., Any], options: EndpointOptions) -> None:
+        super().__init__(method)
+        self.options = options
+
+    @property
+    def stage(self) -> str:
+        """Its last token of the subject."""
+        return self.options.stage or self.name
+
+    @property
+    def reply_type(self) -> Any:
+        """What it answers with: a message class, or the union of a stream's frames. Raises `TypeError`."""
+        return reply_type(self.method)
+
+    def place(self, owner: "type[Worker]") -> Place:
+        """Where it listens, as far as the class knows."""
+        return Place(owner.group, self.stage)
+
+    def timeout_s(self, owner: "type[Worker]") -> float:
+        """The time that a caller grants who doesn't say."""
+        return owner.timeout_s if self.options.timeout_s is None else self.options.timeout_s
+
+
+class UnaryEndpoint(DeclaredEndpoint, Generic[Q, R]):
+    """Answers with one reply."""
+
+    @overload
+    def __get__(self, worker: None, owner: "type[Worker]") -> UnaryCall[Q, R]: ...
+
+    @overload
+    def __get__(self, worker: "Worker", owner: "type[Worker]") -> Callable[[Q], Awaitable[R]]: ...
+
+    def __get__(self, worker: "Worker | None", owner: "type[Worker]") -> Any:
+        if worker is not None:
+            return self.bound(worker)
+        retry = self.options.retry
+        return UnaryCall(self.place(owner), self.request_type, self.reply_type, self.timeout_s(owner), retry)
+
+
+class StreamEndpoint(DeclaredEndpoint, Generic[Q, R]):
+    """Answers with a stream of frames."""
+
+    @overload
+    def __get__(self, worker: None, owner: "type[Worker]") -> StreamCall[Q, R]: ...
+
+    @overload
+    def __get__(self, worker: "Worker", owner: "type[Worker]") -> Callable[[Q], AsyncGenerator[R, None]]: ...
+
+    def __get__(self, worker: "Worker | None", owner: "type[Worker]") -> Any:
+        if worker is not None:
+            return self.bound(worker)
+        retry = self.options.retry
+        return StreamCall(self.place(owner), self.request_type, self.reply_type, self.timeout_s(owner), retry)
+
+
+@dataclass(frozen=True, slots=True)
+class _EndpointDecorator:
+    options: EndpointOptions = field(default_factory=EndpointOptions)
+
+    @overload
+    def __call__(self, method: Callable[[Any, Q], AsyncGenerator[R, None]]) -> StreamEndpoint[Q, R]: ...
+
+    @overload
+    def __call__(self, method: Callable[[Any, Q], Awaitable[R]]) -> UnaryEndpoint[Q, R]: ...
+
+    def __call__(self, method: Callable[..., Any]) -> Any:
+        is_stream = inspect.isasyncgenfunction(method)
+        return (StreamEndpoint if is_stream else UnaryEndpoint)(method, self.options)
+
+
+def endpoint(
+    stage: str = "",
+    *,
+    queue_group: str | None = None,
+    concurrency: int = 16,
+    max_queued: int = 256,
+    timeout_s: float | None = None,
+    retry: RetryPolicy = RetryPolicy(),  # noqa: B008  # frozen
+    public: bool = False,
+    direct: bool = False,
+    middleware: Sequence[Middleware] = (),
+) -> _EndpointDecorator:
+    """Declare a method as an endpoint: a request in, a reply out, or frames where it is an async generator.
+
+    `stage`: the last token of its subject, `graph.<group>.<stage>`; the method's name if empty. `queue_group`: whose
+    members share the requests; the stage's name if None, "" for none, so that every instance gets every request.
+    `concurrency` requests run at once and `max_queued` wait; one more is refused with `Overloaded`. `timeout_s` is what
+    a request without a deadline may take, and a call of this endpoint by default; the worker's `timeout_s` if None.
+    `retry`: how a call of it is repeated by default. `public` lets plain clients in (no protocol header, JSON).
+    `direct` makes it a subject of this one instance, `worker.<worker id>.<stage>`. `middleware` goes around it, inside
+    the worker's.
+    """
+    return _EndpointDecorator(
+        EndpointOptions(stage, queue_group, concurrency, max_queued, timeout_s, retry, public, direct, middleware)
+    )
+
+
+class EventHandler(Declared):
+    """A method that is called with each event of a kind."""
+
+    def __init__(self, method: Callable[..., Any], kind: str, queue_group: str, concurrency: int) -> None:
+        super().__init__(method)
+        self.kind = kind
+        self.queue_group = queue_group
+        self.concurrency = concurrency
+
+    def __get__(self, worker: "Worker | None", owner: type) -> Any:
+        return self if worker is None else self.bound(worker)
+
+
+def on_event(
+    kind: str, *, queue_group: str = "", concurrency: int = 1
+) -> Callable[[Callable[[Any, Q], Awaitable[None]]], EventHandler]:
+    """Declare a method as a handler of the events of a kind, whichever worker sends them (`Worker.emit`).
+
+    Without a `queue_group` every instance gets each; with one, one of its members does. Events are not kept for whoever
+    is away, and with a `concurrency` of 1 they come in their sender's order.
+    """
+
+    def declare(method: Callable[[Any, Q], Awaitable[None]]) -> EventHandler:
+        return EventHandler(method, kind, queue_group, concurrency)
+
+    return declare
+
+
+D = TypeVar("D", bound=Declared)
+
+
+def declared(owner: type, kind: type[D]) -> Iterator[D]:
+    """What a class and its bases declare, in the order of their names."""
+    for name in dir(owner):
+        found = inspect.getattr_static(owner, name)
+        if isinstance(found, kind):
+            yield found
+
+
+def request_type(method: Callable[..., Any]) -> type[Message]:
+    """The type of the method's one argument beside self. Raises `TypeError` if that is no message."""
+    parameters = [name for name in inspect.signature(method).parameters if name != "self"]
+    annotated = get_type_hints(method).get(parameters[0]) if len(parameters) == 1 else None
+    if not _is_message(annotated):
+        raise TypeError(f"{method.__qualname__} must take one argument, annotated with a Message class")
+    assert annotated is not None
+    found: type[Message] = annotated
+    return found
+
+
+def reply_type(method: Callable[..., Any]) -> Any:
+    """What the method's annotation says it returns or yields. Raises `TypeError` if that is no message."""
+    annotated = get_type_hints(method).get("return")
+    if get_origin(annotated) in _STREAMS:
+        annotated = get_args(annotated)[0]
+    members = get_args(annotated) if get_origin(annotated) in (Union, UnionType) else (annotated,)
+    if not all(_is_message(member) for member in members):
+        raise TypeError(f"{method.__qualname__} must say which Message class it returns, or which it yields")
+    return annotated
+
+
+def _is_message(annotated: Any) -> bool:
+    return isinstance(annotated, type) and issubclass(annotated, Message)
