@@ -17,6 +17,7 @@ from typing import Any
 from opentelemetry import trace
 from opentelemetry.context import Context
 
+from observability.passing_span import PassingSpan
 from observability.semantic_conventions import ERROR_TYPE, ERROR_TYPE_CANCELLED, ERROR_TYPE_OTHER
 
 AttributeValue = str | bool | int | float | Sequence[str] | Sequence[bool] | Sequence[int] | Sequence[float]
@@ -71,7 +72,7 @@ class SpanContext:
         return self.otel.trace_flags.sampled
 
     def __bool__(self) -> bool:
-        return self.otel.is_valid
+        return isinstance(self.otel_span, PassingSpan) or self.otel.is_valid
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, SpanContext):

@@ -374,7 +374,7 @@ def _send_span(subject: Subject, num_bytes: int, parent: Span | None) -> Span:
         f"send {subject.template}",
         kind=SpanKind.PRODUCER,
         parent=parent,
-        attributes={
+        attributes=lambda: {
             names.MESSAGING_SYSTEM: "nats",
             names.MESSAGING_OPERATION_NAME: "send",
             names.MESSAGING_OPERATION_TYPE: "send",

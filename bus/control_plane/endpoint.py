@@ -395,7 +395,7 @@ class Endpoint:
             f"process {subject.template}",
             kind=SpanKind.CONSUMER,
             parent=extract(message.headers) or ROOT,
-            attributes={
+            attributes=lambda: {
                 names.MESSAGING_SYSTEM: "nats",
                 names.MESSAGING_OPERATION_NAME: "process",
                 names.MESSAGING_OPERATION_TYPE: "process",
