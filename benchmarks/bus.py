@@ -4,10 +4,10 @@
 
 One responder and one client process, on uvloop; the same record of 1.1 KB goes there and back. Systems: `raw_nats`
 (nats-py, bytes), `raw_nats_typed` (and msgspec at both ends), `nats_micro` (bytes), `nixlbus` (tracing off),
-`nixlbus_sampled_out` and `nixlbus_traced` (exported to a receiver in this process), `raw_jetstream` (publish, fetch(32),
-ack), and with --peers FastStream, in an environment of its own. They take turns in rounds. A ratio is taken within each
-round and the median over the rounds is held against its limit; so is a difference of processor time, which is that of
-client and responder together.
+`nixlbus_sampled_out` and `nixlbus_traced` (exported to a receiver in this process), `raw_jetstream` (publish, fetch of
+32, ack), and with --peers FastStream, in an environment of its own. They take turns in rounds. A ratio is taken within
+each round and the median over the rounds is held against its limit; so is a difference of processor time, which is that
+of client and responder together.
 """
 
 import argparse
@@ -277,7 +277,9 @@ def tables(report: Report) -> tuple[Table, Table]:
         rows.add_column(heading, justify="left" if heading in ("case", "system") else "right")
     for row in report.rows:
         columns = ("p50_us", "p99_us", "per_s", "cpu_us_client", "cpu_us_responder")
-        rows.add_row(row["case"], str(row["concurrency"]), row["system"], *(f"{row[column]:,.0f}" for column in columns))
+        rows.add_row(
+            row["case"], str(row["concurrency"]), row["system"], *(f"{row[column]:,.0f}" for column in columns)
+        )
     checks = Table(box=None, pad_edge=False)
     for heading in ("check", "value", "limit", "spread", ""):
         checks.add_column(heading)

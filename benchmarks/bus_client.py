@@ -1,6 +1,6 @@
 """The client process of `benchmarks.bus`: calls every system that `bus_responder` serves.
 
-    python -m benchmarks.bus_client NATS_URL
+python -m benchmarks.bus_client NATS_URL
 """
 
 import sys

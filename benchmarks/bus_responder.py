@@ -1,6 +1,6 @@
 """The responder process of `benchmarks.bus`: every system answers the record it is sent, on a subject of its own.
 
-    python -m benchmarks.bus_responder NATS_URL
+python -m benchmarks.bus_responder NATS_URL
 """
 
 import asyncio

@@ -24,7 +24,7 @@ AttributeValue = str | bool | int | float | Sequence[str] | Sequence[bool] | Seq
 Attributes = Mapping[str, AttributeValue | None]
 """Attributes of a span, event or link. An attribute whose value is None is left out."""
 
-LazyAttributes = Attributes | Callable[[], Attributes]
+LazyAttributes = Attributes | Callable[[], Mapping[str, Any]]
 """Attributes, or what makes them: called only for a span that is recorded."""
 
 

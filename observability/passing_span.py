@@ -1,7 +1,7 @@
 """A span that isn't recorded here, known by the header that names it.
 
-In: a traceparent that was checked, or ids made here. Out: the same header for the next message, and what `opentelemetry`
-wants to know of a span only when it asks: most messages are neither recorded nor asked about.
+In: a traceparent that was checked, or ids made here. Out: the same header for the next message, and what
+`opentelemetry` wants to know of a span only when it asks: most messages are neither recorded nor asked about.
 Invariants: the header is version 00 and valid.
 Leaves out: reading headers (`propagation`), deciding what is recorded (`sampling`).
 """

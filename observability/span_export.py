@@ -2,8 +2,9 @@
 
 In: finished spans from `tracing`'s provider, the standard OTEL_* variables. Out: Export calls to a collector,
 counts, and at most one log warning per outage.
-Invariants: nothing here blocks or raises into the code that ends a span; a full queue drops its oldest spans and counts
-them; what waits is bounded in number, and so in memory; `flush` and `shutdown` return within their time limit even if the collector never answers.
+Invariants: nothing here blocks or raises into the code that ends a span; what waits is bounded in number, and so in
+memory; a full queue drops its oldest spans and counts them; `flush` and `shutdown` return within their time limit even
+if the collector never answers.
 Leaves out: whether to export at all (`export_environment`), making spans (`tracing`), receiving them
 (`receiver`). Imports the SDK, and gRPC for an exporter: `tracing` imports this when there is an endpoint.
 Source: OpenTelemetry environment variable specification; the SDK's BatchSpanProcessor and OTLP exporter 1.45.
@@ -24,9 +25,9 @@ from observability.export_environment import positive_int
 
 logger = logging.getLogger(__name__)
 
-# A burst of 20,000 spans fits, even if the collector takes none of them meanwhile. The SDK's own default of 2048 lost 36 %
-# of one, 16,384 lost 5 %, before a collector that takes 50 ms per batch. A span with nine attributes takes 4.5 KB here until
-# it is sent, so a full queue takes 150 MB: only while the collector is away or slower than the spans come.
+# A burst of 20,000 spans fits, even if the collector takes none of them meanwhile. The SDK's own default of 2048 lost
+# 36 % of one, 16,384 lost 5 %, before a collector that takes 50 ms per batch. A span with nine attributes takes 4.5 KB
+# here until it is sent, so a full queue takes 150 MB: only while the collector is away or slower than the spans come.
 DEFAULT_MAX_QUEUE_SIZE = 32768
 # The SDK's.
 DEFAULT_MAX_BATCH_SIZE = 512
@@ -123,7 +124,7 @@ class _CountingQueue(deque[Any]):
             self.num_dropped += len(self) == self.maxlen
             super().appendleft(span)
 
-    def pop(self) -> Any:
+    def pop(self) -> Any:  # type: ignore[override]  # a deque's takes no index
         with self._lock:  # or room would be made between the question and the drop
             return super().pop()
 

@@ -1,7 +1,7 @@
 """Trace ids for the SDK: random ones, or the one that a span was just decided on by.
 
-In: a trace id that `tracing` drew to ask the sampler. Out: the same id for the root span that the SDK makes next in this
-thread, so that both decide alike.
+In: a trace id that `tracing` drew to ask the sampler. Out: the same id for the root span that the SDK makes next in
+this thread, so that both decide alike.
 Leaves out: the decision (`sampling`). Imports the SDK: `tracing` imports this when there is an endpoint.
 """
 

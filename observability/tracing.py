@@ -246,7 +246,7 @@ def _start(
 def _dropped(above: trace.Span) -> PassingSpan | None:
     """Return what stands for a span that the sampler drops, below `above`; None for one to be recorded.
 
-    It is the parent itself where there is one, as a process with tracing off has it: a span that nobody sees needs no id.
+    It is the parent itself where there is one, as in a process with tracing off: a span that nobody sees needs no id.
     """
     if isinstance(above, PassingSpan):
         drops = not above.is_sampled if _sampler.follows_parent else _sampler.drops(above.trace_id)

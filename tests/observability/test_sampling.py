@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from opentelemetry import trace
-from opentelemetry.sdk.trace.sampling import _get_from_env_or_default
+from opentelemetry.sdk.trace.sampling import Decision, _get_from_env_or_default
 
 import observability
 from observability import OtlpReceiver
@@ -50,7 +50,8 @@ def test_it_decides_as_the_sdk_does(name: str, trace_id: int, ratio: float, pare
         above = trace.set_span_in_context(parent)
         drops = not parent_flag if ours.follows_parent else drops
     for sampler in theirs:
-        assert sampler.should_sample(above, trace_id, "any").decision.is_sampled() is not drops
+        decision = sampler.should_sample(above, trace_id, "any").decision
+        assert (decision is Decision.RECORD_AND_SAMPLE) is not drops
 
 
 async def test_a_dropped_trace_has_one_valid_id_and_its_decision_on_all_its_hops(
@@ -130,7 +131,11 @@ async def test_a_trace_that_stops_being_recorded_here_goes_on_as_one_that_is_not
     configure(monkeypatch, receiver, name, argument)
     is_parent_based = name.startswith("parentbased")
     onward: dict[str, str] = {}
-    came = {"traceparent": UNSAMPLED if is_parent_based else SAMPLED, "tracestate": "vendor=a1", "baggage": "user=alice"}
+    came = {
+        "traceparent": UNSAMPLED if is_parent_based else SAMPLED,
+        "tracestate": "vendor=a1",
+        "baggage": "user=alice",
+    }
     with observability.span("middle", parent=observability.extract(came)), observability.span("send"):
         observability.inject(onward)
     assert onward == {**came, "traceparent": UNSAMPLED}
