@@ -284,7 +284,11 @@ def _described(error: BaseException) -> tuple[FaultCode, str, str]:
         code = error.refusal_code if isinstance(error, RequestRefused) else error.code
         return code, text.removesuffix(f"; {error.remedy}") if error.remedy else text, error.remedy
     if isinstance(error, WrongProtocol):
-        return FaultCode.WRONG_PROTOCOL, str(error), "use a client of the same protocol version"
+        return (
+            FaultCode.WRONG_PROTOCOL,
+            str(error),
+            "use a caller of the same protocol version or the one before, or upgrade this worker",
+        )
     if isinstance(error, MessageError):
         return FaultCode(error.code), str(error), "see schemas/README.md for the messages and their fields"
     if isinstance(error, InvalidIdentifier):

@@ -3,12 +3,21 @@
 When to raise `PROTOCOL_VERSION`: a field that a peer of the version before would need and can't miss, a changed
 meaning, a removed message. Not for a new optional field (unknown fields are ignored) or a new message type.
 
-History: 1 (0.1.0), the first. 2: the handshake's question is signed too, and names the requester's process.
+What is promised: a worker serves callers of its own version and of the one before, `SUPPORTED_VERSIONS`, and sends
+its own. A worker that is older than its caller's protocol refuses it with `wrong_protocol`; so where a release raises
+the version, workers that are called are upgraded before those that call them. A release that doesn't raise it can be
+mixed with the one before in any order. A caller of version 1 gets its plain requests answered; its handshake is not
+signed and is refused with a fault, so it moves no tensors to or from a worker of version 2.
+
+History: 1 (0.1.0), the first. 2 (0.2.0, 0.3.0): the handshake's question is signed too, and names the requester's
+process.
 """
 
 from collections.abc import Mapping
 
 PROTOCOL_VERSION = 2
+SUPPORTED_VERSIONS = range(PROTOCOL_VERSION - 1, PROTOCOL_VERSION + 1)
+"""Of callers: this version and the one before."""
 
 PROTOCOL_HEADER = "Nixlbus-Protocol"
 TTL_HEADER = "Nixlbus-Ttl-Ms"
@@ -25,21 +34,27 @@ SERVICE_ERROR_CODE_HEADER = "Nats-Service-Error-Code"
 """Both from NATS ADR-32, so that `nats micro` and plain NATS clients see a fault without decoding its body."""
 
 
+_SUPPORTED = frozenset(map(str, SUPPORTED_VERSIONS))
+
+
 class WrongProtocol(ValueError):
-    """A message of another protocol version. Attributes: `theirs` (text of the header), `ours`."""
+    """A message of a protocol version that isn't supported. Attributes: `theirs` (text of the header), `ours`."""
 
     def __init__(self, theirs: str) -> None:
         self.theirs = theirs
         self.ours = PROTOCOL_VERSION
-        super().__init__(f"protocol version {theirs[:20]!r} is not spoken here; this worker speaks {PROTOCOL_VERSION}")
+        super().__init__(
+            f"protocol version {theirs[:20]!r} is not spoken here; this worker speaks {PROTOCOL_VERSION}"
+            f" and understands {SUPPORTED_VERSIONS.start} to {PROTOCOL_VERSION}"
+        )
 
 
 def check_protocol(headers: Mapping[str, str] | None, *, required: bool) -> None:
-    """Accept our version, or none at all where the header isn't `required`. Raises `WrongProtocol`."""
+    """Accept `SUPPORTED_VERSIONS`, or no header at all where it isn't `required`. Raises `WrongProtocol`."""
     theirs = (headers or {}).get(PROTOCOL_HEADER)
     if theirs is None:
         if required:
             raise WrongProtocol("")
         return
-    if theirs.strip() != str(PROTOCOL_VERSION):
+    if theirs.strip() not in _SUPPORTED:
         raise WrongProtocol(theirs)

@@ -12,9 +12,11 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, TypeVar
 
 from bus.control_plane.connection import Connection, Msg
+from bus.control_plane.expiry import Expiries
 from bus.control_plane.inbox import Inbox, StreamWaiter
 from bus.control_plane.retry import ONCE, RetryPolicy
 from bus.deadline import Deadline
@@ -139,7 +141,8 @@ class Caller:
         try:
             while True:
                 expected = 0
-                call = _StreamCall(self._connection, subject, self._subjects, self._new_request_id(), last_type)
+                request_id, expiries = self._new_request_id(), self._inbox.expiries
+                call = _StreamCall(self._connection, subject, self._subjects, request_id, expiries, last_type)
                 try:
                     with self._inbox.listening(call.waiter) as reply_subject:
                         headers = request_headers(
@@ -277,9 +280,10 @@ class _StreamCall:
         subject: Subject,
         subjects: Subjects,
         request_id: str,
+        expiries: Expiries,
         last_type: type[Message],
     ) -> None:
-        self.waiter = StreamWaiter(subject.name)
+        self.waiter = StreamWaiter(subject.name, expiries)
         self.request_id = request_id
         self.is_over = False
         """Whether the sender has ended it."""
@@ -385,9 +389,14 @@ def _send_span(subject: Subject, num_bytes: int, parent: Span | None) -> Span:
     )
 
 
+@lru_cache(maxsize=256)
+def _or_fault(reply_type: Any) -> Any:
+    return reply_type | Fault
+
+
 def _decoded(message: Msg, reply_type: Any, subject: Subject) -> Any:
     try:
-        reply: Any = decode(message.data, reply_type | Fault)
+        reply: Any = decode(message.data, _or_fault(reply_type))
     except MessageError as error:
         raise RemoteProtocolError(f"the reply is not what was asked for: {error}", subject=subject.name) from None
     if isinstance(reply, Fault):

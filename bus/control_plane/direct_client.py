@@ -19,6 +19,8 @@ from collections.abc import Callable
 from nats import errors
 from nats.aio.client import Client
 
+from bus.control_plane.direct_parser import DirectParser
+
 HEADER_LINE = b"NATS/1.0"
 _STATUS_CHARACTERS = 3
 _HEADER = re.compile(r"\n([^:\r\n]+):[ \t]*([^\r\n]*?)[ \t]*\r")
@@ -55,9 +57,11 @@ class DirectClient(Client):
     def __init__(self, on_broken: Callable[[str], None]) -> None:
         """`on_broken` is told the reason as soon as the connection is known to be broken."""
         super().__init__()
+        self._ps = DirectParser(self)
         self._receivers: dict[int, Callable[[Msg], None]] = {}
         self._on_broken = on_broken
         self._write_is_due = False
+        self._num_sent_together = 0
         self._loop = asyncio.get_running_loop()
 
     async def receive(self, subject: str, queue_group: str, callback: Callable[[Msg], None]) -> int:
@@ -77,7 +81,7 @@ class DirectClient(Client):
         self._remove_sub(number)
 
     def send(self, command: bytes) -> None:
-        """Write a command at the end of this turn of the event loop, with all others of the turn.
+        """Write a command: at once where commands come one by one, else with all others of this turn of the event loop.
 
         While there is no connection it is kept for the next one, up to nats-py's `pending_size`: more raises
         `OutboundBufferLimitError`.
@@ -91,7 +95,11 @@ class DirectClient(Client):
         self._pending_data_size += len(command)
         if not self._write_is_due:
             self._write_is_due = True
-            self._loop.call_soon(self._write)
+            self._loop.call_soon(self._end_turn)
+            if self._num_sent_together <= 1:
+                self._write()
+            self._num_sent_together = 0
+        self._num_sent_together += 1
 
     @property
     def unsent_bytes(self) -> int:
@@ -106,23 +114,31 @@ class DirectClient(Client):
             self._write()
             await self._transport.drain()  # type: ignore[no-untyped-call]
 
-    def _write(self) -> None:
+    def _end_turn(self) -> None:
         self._write_is_due = False
+        self._write()
+
+    def _write(self) -> None:
         if self._pending and self.is_connected and self._transport is not None:
             commands, self._pending, self._pending_data_size = self._pending, [], 0
             self._transport.write(commands[0] if len(commands) == 1 else b"".join(commands))
 
-    async def _process_msg(self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes) -> None:
-        receive = self._receivers.get(sid)
+    def deliver(self, number: int, subject: bytes, reply: bytes, data: bytes, headers: bytes | None) -> bool:
+        """Hand a message to its subscription's callback; returns whether it has one of ours."""
+        receive = self._receivers.get(number)
         if receive is None:
-            await super()._process_msg(sid, subject, reply, data, headers)  # nats-py's own: JetStream
-            return
+            return False
         self.stats["in_msgs"] += 1
         self.stats["in_bytes"] += len(data)
         try:
             receive(Msg(subject.decode(), reply.decode(), data, headers))
         except Exception:
             _LOG.exception("the callback for %s failed", subject.decode(errors="replace"))
+        return True
+
+    async def _process_msg(self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes) -> None:
+        if not self.deliver(sid, subject, reply, data, headers):
+            await super()._process_msg(sid, subject, reply, data, headers)  # nats-py's own: JetStream
 
     async def _process_pong(self) -> None:
         if self._pongs and self._pongs[0].done():  # of a flush that was given up: nats-py sets its future all the same,

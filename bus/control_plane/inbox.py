@@ -15,6 +15,7 @@ from contextlib import asynccontextmanager, contextmanager
 from typing import Protocol
 
 from bus.control_plane.connection import Connection, Msg
+from bus.control_plane.expiry import Expiries
 from bus.deadline import Deadline
 from bus.errors import BusError, ConnectionLost, DeadlineExceeded, NoResponders, RemoteProtocolError
 from schemas.subjects import Subject
@@ -39,14 +40,12 @@ class Waiter(Protocol):
 class SingleWaiter:
     """One request's only reply: await `reply`."""
 
-    __slots__ = ("_timer", "reply", "reply_subject", "subject")
+    __slots__ = ("reply", "reply_subject", "subject")
 
-    def __init__(self, subject: str, reply_subject: str, deadline: Deadline) -> None:
-        loop = asyncio.get_running_loop()
+    def __init__(self, subject: str, reply_subject: str) -> None:
         self.subject = subject
         self.reply_subject = reply_subject
-        self.reply: asyncio.Future[Msg] = loop.create_future()
-        self._timer = loop.call_later(deadline.remaining_s, self._expire)
+        self.reply: asyncio.Future[Msg] = asyncio.get_running_loop().create_future()
 
     def take(self, message: Msg) -> None:
         """Resolve `reply`."""
@@ -64,33 +63,29 @@ class SingleWaiter:
         if not self.reply.done():
             self.reply.set_exception(error)
 
-    def close(self) -> None:
-        """Wait no longer."""
-        self._timer.cancel()
-        self.reply.cancel()
-
-    def _expire(self) -> None:
+    def expire(self) -> None:
+        """Its time is up."""
         self.fail(DeadlineExceeded("no reply within the deadline", subject=self.subject))
 
 
 class StreamWaiter:
     """One request's replies, in order of arrival."""
 
-    def __init__(self, subject: str) -> None:
+    def __init__(self, subject: str, expiries: Expiries) -> None:
         self.subject = subject
+        self._expiries = expiries
         self._replies: deque[Msg | BusError] = deque()
         self._arrived: asyncio.Future[None] | None = None
 
     async def next(self, deadline: Deadline) -> Msg:
         """The next reply. Raises `DeadlineExceeded`, or what the waiter was failed with."""
         while not self._replies:
-            loop = asyncio.get_running_loop()
-            arrived = self._arrived = loop.create_future()
-            timer = loop.call_later(max(0.0, deadline.remaining_s), self._expire)
+            arrived = self._arrived = asyncio.get_running_loop().create_future()
+            expiry = self._expiries.add(self, deadline.at_s)
             try:
                 await arrived
             finally:
-                timer.cancel()
+                self._expiries.discard(self, expiry)
                 self._arrived = None
         reply = self._replies.popleft()
         if isinstance(reply, BusError):
@@ -111,7 +106,8 @@ class StreamWaiter:
         """Make `next` raise `error`, after the replies already here."""
         self._put(error)
 
-    def _expire(self) -> None:
+    def expire(self) -> None:
+        """Its time is up."""
         self._put(DeadlineExceeded("no reply within the deadline", subject=self.subject))
 
     def _put(self, item: Msg | BusError) -> None:
@@ -127,6 +123,8 @@ class Inbox:
     """The table of waiters of one connection."""
 
     def __init__(self, connection: Connection) -> None:
+        self.expiries = Expiries()
+        """For whoever waits on this connection."""
         self._connection = connection
         self._prefix = f"{connection.inbox_prefix}.{secrets.token_hex(6)}"
         self._waiters: dict[str, Waiter] = {}
@@ -140,7 +138,7 @@ class Inbox:
     @property
     def num_waiters(self) -> int:
         """Requests in flight."""
-        return len(self._waiters)
+        return sum(isinstance(waiter, (SingleWaiter, StreamWaiter)) for waiter in self._waiters.values())
 
     async def single(self, subject: Subject, deadline: Deadline, send: Callable[[str], None]) -> Msg:
         """The reply to the one request that `send` publishes with the reply subject that it is given.
@@ -148,18 +146,19 @@ class Inbox:
         Raises `ConnectionLost` when not connected, `DeadlineExceeded`, `NoResponders`, and what `send` raises.
         """
         token = self._new_token(subject)
-        waiter = self._waiters[token] = SingleWaiter(subject.name, f"{self._prefix}.{token}", deadline)
+        waiter = self._waiters[token] = SingleWaiter(subject.name, f"{self._prefix}.{token}")
+        expiry = self.expiries.add(waiter, deadline.at_s)
         try:
             send(waiter.reply_subject)
             return await waiter.reply
         finally:
-            waiter.close()
+            self.expiries.discard(waiter, expiry)
             del self._waiters[token]
 
     @asynccontextmanager
     async def waiting(self, subject: Subject | str) -> AsyncIterator[tuple[str, StreamWaiter]]:
         """A reply subject for one request to `subject`, and its waiter. Raises `ConnectionLost` when not connected."""
-        waiter = StreamWaiter(str(subject))
+        waiter = StreamWaiter(str(subject), self.expiries)
         with self.listening(waiter) as reply_subject:
             yield reply_subject, waiter
 

@@ -49,6 +49,12 @@ def question(
 
 def check_question(keys: KeyRing, request: AgentMetadataRequest, own_id: str) -> None:
     """Whether a member asked, and asked us. Raises `AuthenticationError`."""
+    if request.mac == UNSIGNED:
+        raise AuthenticationError(
+            "the handshake's question is not signed, as workers of protocol version 1 ask it",
+            peer=request.requester,
+            remedy="upgrade that worker: without a signature it can call, but move no tensors",
+        )
     unsigned = msgspec.structs.replace(request, key_id="", mac=UNSIGNED)
     keys.verify((request.key_id, request.mac), _QUESTION, own_id.encode(), encode(unsigned), peer=request.requester)
     if request.process is None:

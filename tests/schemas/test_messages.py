@@ -26,10 +26,21 @@ from tests.schemas.every_message import EXAMPLES, message_types, struct_values
 GOLDEN: dict[str, str] = json.loads(Path(__file__).with_name("golden.json").read_text())
 
 
-def test_the_messages_of_the_version_before_stay_readable() -> None:
-    before = json.loads(Path(__file__).with_name("golden_of_version_1.json").read_text())
-    for tag, golden in before.items():
+def golden_of_version(number: int) -> dict[str, str]:
+    found: dict[str, str] = json.loads(Path(__file__).with_name(f"golden_of_version_{number}.json").read_text())
+    return found
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_the_messages_of_earlier_versions_stay_readable(number: int) -> None:
+    for tag, golden in golden_of_version(number).items():
         decode(bytes.fromhex(golden), type(EXAMPLES[tag]))
+
+
+@pytest.mark.parametrize("tag", golden_of_version(2))
+def test_nothing_that_the_version_before_says_is_lost(tag: str) -> None:
+    payload = bytes.fromhex(golden_of_version(2)[tag])
+    assert msgpack.unpackb(encode(decode(payload, type(EXAMPLES[tag])))) == msgpack.unpackb(payload)
 
 
 def test_every_message_has_an_example_and_golden_bytes() -> None:

@@ -42,9 +42,11 @@ def test_a_subject_has_the_tokens_that_it_was_made_of(text: str) -> None:
             Subjects().worker(text, "claim")
 
 
-def test_only_our_protocol_is_accepted() -> None:
-    check_protocol({PROTOCOL_HEADER: str(PROTOCOL_VERSION)}, required=True)
+def test_our_protocol_and_the_one_before_are_accepted_and_no_other() -> None:
+    for spoken in (PROTOCOL_VERSION, PROTOCOL_VERSION - 1):
+        check_protocol({PROTOCOL_HEADER: str(spoken)}, required=True)
     check_protocol(None, required=False)
-    for headers in (None, {}, {PROTOCOL_HEADER: "1"}, {PROTOCOL_HEADER: ""}, {PROTOCOL_HEADER: "x" * 999}):
-        with pytest.raises(WrongProtocol):
+    others = [str(PROTOCOL_VERSION + 1), str(PROTOCOL_VERSION - 2), "", "x" * 999, "2.0", "0x2", "²"]
+    for headers in (None, {}, *({PROTOCOL_HEADER: theirs} for theirs in others)):
+        with pytest.raises(WrongProtocol, match=f"understands {PROTOCOL_VERSION - 1} to {PROTOCOL_VERSION}"):
             check_protocol(headers, required=True)

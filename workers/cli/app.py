@@ -77,6 +77,36 @@ def worker(
 
 
 @app.command()
+def run(
+    target: Annotated[str, typer.Argument(help="A worker's class, module:Class, from the current folder.")],
+    nats: NatsUrl = None,
+    worker_id: Annotated[
+        str | None, typer.Option("--id", help="Worker id. [default: the role and random digits]")
+    ] = None,
+    group: Annotated[str | None, typer.Option("--group", help="Group of its subjects. [default: the class's]")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run a worker of your own in this process, until SIGTERM or Ctrl-C."""
+    from workers.cli import run as command
+
+    _run(command.run(target, nats, worker_id, group, as_json), as_json)
+
+
+@app.command()
+def server(
+    port: Annotated[int, typer.Option("--port", help="Port of the nats-server; 0 takes a free one.")] = 4222,
+    otlp_port: Annotated[
+        int | None, typer.Option("--otlp-port", help="Port of the trace store. [default: 4317]")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run a nats-server with JetStream and a trace store until Ctrl-C, to develop against."""
+    from workers.cli import server as command
+
+    _run(command.run(port, otlp_port, as_json), as_json)
+
+
+@app.command()
 def request(
     prompt: Annotated[str, typer.Option("--prompt", help="What to ask.")],
     image: Images = None,
@@ -173,13 +203,14 @@ def _run(command: Coroutine[Any, Any, int], as_json: bool) -> None:
     from workers.cli.output import Output
     from workers.launcher import WorkerFailed
     from workers.process import START_ERRORS
+    from workers.target import UnknownTarget
 
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             sys.exit(runner.run(command))
     except KeyboardInterrupt:
         sys.exit(130)
-    except (*START_ERRORS, ServerUnavailable, WorkerFailed, TimeoutError) as error:
+    except (*START_ERRORS, ServerUnavailable, UnknownTarget, WorkerFailed, TimeoutError) as error:
         Output(as_json).error(error)
         sys.exit(1)
 
