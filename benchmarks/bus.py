@@ -113,10 +113,10 @@ class Measurement:
         self.responder = responder
         self.faststream = faststream
         self.collector = collector
-        self.counts = {1: 300, 32: 3200} if quick else {1: 1500, 32: 9600}
+        self.counts = {1: 150, 32: 1600} if quick else {1: 500, 32: 4800}
         self.hop_counts = {1: 300, 32: 1600}
-        self.num_jobs = 1600 if quick else 4800
-        self.rounds = 5 if quick else 11
+        self.num_jobs = 800 if quick else 2400
+        self.rounds = 11 if quick else 25
         self.hop_rounds = 15 if quick else 45
         self.requests = Cells()
         self.hops = Cells()
