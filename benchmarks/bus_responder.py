@@ -47,7 +47,8 @@ async def respond() -> None:
     await service.add_endpoint(name="echo", subject=MICRO, handler=echo_micro)
     async with Bus.open(BusConfig(worker_id="responder", nats_url=url), data_plane=False) as bus:
         subject = bus.subjects.graph(GROUP, OURS)
-        await bus.serve(EndpointConfig(OURS, subject, Record, queue_group="q"), echo_ours)
+        # As many slots as requests at once; the others here have no bound at all, or answer one after the other.
+        await bus.serve(EndpointConfig(OURS, subject, Record, queue_group="q", concurrency=32), echo_ours)
         await raw.flush()
         jobs = RawJobs(raw)
 

@@ -55,13 +55,14 @@ def tables(run: dict[str, Any]) -> str:
     lines = [
         f"Measured {run['date'][:10]} on {machine['cores']} cores ({machine['machine']}); {versions}.",
         "",
-        "| check | value | limit | |",
-        "|---|---|---|---|",
+        "| check | value | middle half of the rounds | limit | |",
+        "|---|---|---|---|---|",
     ]
     for check in run["checks"]:
         sign = "≤" if check["better"] == "lower" else "≥"
         met = "met" if check["ok"] else "**missed**"
-        lines.append(f"| {check['name']} | {check['value']:.3g} | {sign} {check['limit']} | {met} |")
+        spread = " to ".join(f"{value:.3g}" for value in check.get("spread", ()))
+        lines.append(f"| {check['name']} | {check['value']:.3g} | {spread} | {sign} {check['limit']} | {met} |")
     heading, row_of = ROWS[run["benchmark"]]
     columns = heading.count("|") - 1
     lines += ["", heading, "|---" * columns + "|", *(row_of(row) for row in run["rows"])]
