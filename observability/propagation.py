@@ -62,6 +62,15 @@ def inject(headers: dict[str, str], span: Span | None = None) -> None:
         _BAGGAGE_PROPAGATOR.inject(headers)
 
 
+def header_lines(span: Span) -> str:
+    """Return what `inject` would put into headers as the lines of a header block, "" when there is no trace."""
+    if isinstance(span.otel, PassingSpan) and span.otel.state is None and not baggage.get_all():
+        return f"{TRACEPARENT}: {span.otel.traceparent}\r\n"
+    headers: dict[str, str] = {}
+    inject(headers, span)
+    return "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+
+
 def extract(headers: Mapping[str, str] | None) -> SpanContext | None:
     """Return the span that a message's headers name, for `parent=`, or None.
 
@@ -86,6 +95,12 @@ def extract(headers: Mapping[str, str] | None) -> SpanContext | None:
     if state is None and members is None:
         return SpanContext(PassingSpan(header))
     return SpanContext(PassingSpan(header, _parse_tracestate(_value(state))), _parse_baggage(_value(members)))
+
+
+def span_context_of(traceparent: str) -> SpanContext | None:
+    """Return the span that a traceparent names, which came without companions; None for a malformed one."""
+    header = _checked(traceparent)
+    return SpanContext(PassingSpan(header)) if header else None
 
 
 def traceparent(span: Span | SpanContext) -> str:
