@@ -64,15 +64,6 @@ async def call() -> None:
                 observability.start_span("one of many", attributes={"nixl.bytes": count}).end()
             return await flushed()
 
-        async def profiled(system: str, count: int, concurrency: int, path: str) -> None:
-            import cProfile
-
-            profiler = cProfile.Profile()
-            profiler.enable()
-            await timed(calls[system], count, concurrency)
-            profiler.disable()
-            profiler.dump_stats(path)
-
         async def create_jobs() -> None:
             await jobs.create()
 
@@ -82,7 +73,6 @@ async def call() -> None:
             "processor_seconds": processor_seconds,
             "burst": burst,
             "create_jobs": create_jobs,
-            "profiled": profiled,
         }
         await obey(orders)
     await raw.close()

@@ -3,7 +3,6 @@
 python -m benchmarks.bus_responder NATS_URL
 """
 
-import asyncio
 import sys
 from typing import Any
 
@@ -52,20 +51,10 @@ async def respond() -> None:
         await raw.flush()
         jobs = RawJobs(raw)
 
-        async def profile(seconds: float, path: str) -> None:
-            import cProfile
-
-            profiler = cProfile.Profile()
-            profiler.enable()
-            await asyncio.sleep(seconds)
-            profiler.disable()
-            profiler.dump_stats(path)
-
         orders: dict[str, Any] = {
             "tracing": set_tracing,
             "processor_seconds": processor_seconds,
             "work_raw": jobs.work,
-            "profile": profile,
         }
         await obey(orders)
     await raw.close()
