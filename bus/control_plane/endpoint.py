@@ -27,7 +27,7 @@ from bus.deadline import work_under
 from bus.errors import BusError, Cancelled, DeadlineExceeded, Declined, Draining, Overloaded
 from observability import semantic_conventions as names
 from observability.active_span import ROOT, Span, SpanKind
-from observability.propagation import extract
+from observability.propagation import extract, span_context_of
 from observability.tracing import is_tracing, span
 from schemas.codec import Encoding, MessageError, decode, encoding_of
 from schemas.message import Message
@@ -303,8 +303,8 @@ class Endpoint:
         return span(
             f"process {subject.template}",
             kind=SpanKind.CONSUMER,
-            parent=extract(message.headers) or ROOT,
-            attributes={
+            parent=(span_context_of(work.traceparent) if work.traceparent else extract(message.headers)) or ROOT,
+            attributes=lambda: {
                 names.MESSAGING_SYSTEM: "nats",
                 names.MESSAGING_OPERATION_NAME: "process",
                 names.MESSAGING_OPERATION_TYPE: "process",
