@@ -10,7 +10,7 @@ from typing import Any
 import nats
 
 from benchmarks.bus_responder import GROUP, MICRO, OURS, RAW, RAW_TYPED
-from benchmarks.job_queues import RawJobs
+from benchmarks.job_queues import OurJobs, RawJobs
 from benchmarks.participant import obey, run, timed
 from benchmarks.record import Record, example
 from benchmarks.tracing_modes import flushed, processor_seconds, set_tracing
@@ -28,6 +28,7 @@ async def call() -> None:
     jobs = RawJobs(raw)
     async with Bus.open(BusConfig(worker_id="client", nats_url=url), data_plane=False) as bus:
         subject = bus.subjects.graph(GROUP, OURS)
+        claimed, idempotent = OurJobs(bus, idempotent_handler=False), OurJobs(bus, idempotent_handler=True)
 
         async def request_raw() -> None:
             await raw.request(RAW, payload, timeout=TIMEOUT_S)
@@ -44,12 +45,20 @@ async def call() -> None:
         async def submit_raw() -> None:
             await jobs.submit(payload)
 
+        async def submit_claimed() -> None:
+            await claimed.submit(record)
+
+        async def submit_idempotent() -> None:
+            await idempotent.submit(record)
+
         calls: dict[str, Callable[[], Awaitable[None]]] = {
             "raw_nats": request_raw,
             "raw_nats_typed": request_raw_typed,
             "nats_micro": request_micro,
             "nixlbus": request_ours,
             "submit_raw": submit_raw,
+            "submit_claimed": submit_claimed,
+            "submit_idempotent": submit_idempotent,
         }
 
         async def many(system: str, count: int, concurrency: int) -> dict[str, Any]:

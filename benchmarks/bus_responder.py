@@ -11,7 +11,7 @@ import nats.micro
 from nats.aio.msg import Msg
 from nats.micro.request import Request
 
-from benchmarks.job_queues import RawJobs
+from benchmarks.job_queues import OurJobs, RawJobs
 from benchmarks.participant import obey, run
 from benchmarks.record import Record
 from benchmarks.tracing_modes import processor_seconds, set_tracing
@@ -55,6 +55,8 @@ async def respond() -> None:
             "tracing": set_tracing,
             "processor_seconds": processor_seconds,
             "work_raw": jobs.work,
+            "work_claimed": OurJobs(bus, idempotent_handler=False).work,
+            "work_idempotent": OurJobs(bus, idempotent_handler=True).work,
         }
         await obey(orders)
     await raw.close()

@@ -48,10 +48,14 @@ def test_the_bus_benchmark_runs_and_checks_every_limit(tmp_path: Path) -> None:
         ("request", "nixlbus_sampled_out"),
         ("request", "nixlbus_traced"),
         ("job", "raw_jetstream"),
+        ("job", "nixlbus"),
+        ("job", "nixlbus_idempotent"),
     }
     assert {check["name"] for check in whole["checks"]} == {
         "request_p50_vs_raw_nats",
         "request_32_at_once_vs_raw_nats",
+        "jobs_vs_raw_jetstream_fetch_32",
+        "jobs_without_claims_vs_raw_jetstream_fetch_32",
         "sampled_out_cpu_us_per_hop_1_at_once",
         "sampled_out_cpu_us_per_hop_32_at_once",
         "traced_cpu_us_per_hop_1_at_once",
