@@ -44,7 +44,7 @@ def test_a_newcomer_comes_to_a_running_pipeline(
     environment |= {
         "COLUMNS": "80",
         "PIP_CONSTRAINT": str(tmp_path / "constraints.txt"),
-        "PIP_FIND_LINKS": str(wheel.parent),
+        "PIP_FIND_LINKS": f"{wheel.parent} {os.environ.get('PIP_FIND_LINKS', '')}",
         "PIP_DISABLE_PIP_VERSION_CHECK": "1",
         "NIXLBUS_NATS_URL": f"nats://127.0.0.1:{unused_tcp_port_factory()}",
         "NIXLBUS_OTLP_PORT": str(unused_tcp_port_factory()),

@@ -15,7 +15,7 @@ PRINTED = {
     "plain_service.py": "128 x 72\ninvalid_image: this is no picture; send PNG, JPEG or WebP\n",
     "tensor_pipeline.py": "".join(f"frame {n}: 307200 bytes, a spot at ({10 * n}, {20 * n})\n" for n in range(3)),
     "token_stream.py": (
-        "Once upon a time there (6 tokens) \nthe reader left after 3 frames, and the storyteller stopped\n"
+        "Once upon a time there was (6 tokens) \nthe reader left after 3 frames, and the storyteller stopped\n"
     ),
 }
 
