@@ -331,8 +331,8 @@ class Bus:
             await self._service.close()
             self._service = None
         serving = [endpoint for endpoint in self._endpoints if endpoint.config.traced]
-        self._endpoints = [endpoint for endpoint in self._endpoints if not endpoint.config.traced]
         await asyncio.gather(*(endpoint.drain(timeout_s) for endpoint in serving))
+        self._endpoints = [endpoint for endpoint in self._endpoints if not endpoint.config.traced]
 
     @property
     def has_data_plane(self) -> bool:

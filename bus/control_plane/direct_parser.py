@@ -21,6 +21,11 @@ class DirectParser(Parser):
 
     nc: "DirectClient"
 
+    def reset(self) -> None:
+        """Forget what was kept: there is another connection."""
+        super().reset()
+        self._awaited_bytes = 0
+
     async def parse(self, data: bytes = b"") -> None:
         """Take what was read; what is no whole message yet is kept."""
         if self.state != AWAITING_CONTROL_LINE:
@@ -28,7 +33,10 @@ class DirectParser(Parser):
             return
         if self.buf:
             self.buf.extend(data)
+            if len(self.buf) < self._awaited_bytes:
+                return  # of a large message: it is looked at again when it is whole
             data = bytes(self.buf)
+        self._awaited_bytes = 0
         start, end = 0, len(data)
         while start < end and (data[start] == _MSG or data[start] == _HMSG):
             line_end = data.find(b"\r\n", start)
@@ -41,10 +49,13 @@ class DirectParser(Parser):
                 header_size = int(fields[-2]) if has_headers else 0
                 has_reply = len(fields) == 5 + has_headers
                 subject, number, reply = fields[1], int(fields[2]), fields[3] if has_reply else b""
+                if not 0 <= header_size <= size:
+                    raise ValueError
             except (ValueError, IndexError):
                 raise ProtocolError("nats: malformed MSG") from None
             body = line_end + 2
             if body + size + 2 > end:
+                self._awaited_bytes = body + size + 2 - start
                 break
             headers = data[body : body + header_size] if has_headers else None
             start = body + size + 2

@@ -116,34 +116,32 @@ class EndpointStats:
     num_active: int = 0
 
 
-_request: ContextVar[RequestContext | None] = ContextVar("nixlbus_request", default=None)
-
-
-def current_request() -> RequestContext | None:
-    """The request that the current task works on, None outside of a handler."""
-    return _request.get()
-
-
 class Work:
     """One request that was taken: waiting, or running in a task."""
 
     __slots__ = (
         "caller_is_gone",
+        "context",
         "deadline",
+        "endpoint",
         "expired",
         "has_begun",
         "link",
         "message",
         "received_at_s",
+        "request",
         "request_id",
         "task",
     )
 
-    def __init__(self, message: Msg, default_ttl_s: float) -> None:
+    def __init__(self, message: Msg, endpoint: "Endpoint") -> None:
         self.message = message
+        self.request: Message | None = None
+        self.context: RequestContext | None = None
+        self.endpoint = endpoint
         self.received_at_s = time.monotonic()
         self.request_id = ""
-        ttl_s = default_ttl_s
+        ttl_s = endpoint.config.default_ttl_s
         if message.header_block:
             headers = message.headers
             self.request_id = headers.get(REQUEST_ID_HEADER, "")
@@ -173,6 +171,27 @@ class Work:
         self.stop()
 
 
+_work: ContextVar[Work | None] = ContextVar("nixlbus_work", default=None)
+
+
+def current_request() -> RequestContext | None:
+    """The request that the current task works on, None outside of a handler."""
+    work = _work.get()
+    if work is None or work.request is None:
+        return None
+    if work.context is None:
+        work.context = _context_of(work)
+    return work.context
+
+
+def _context_of(work: Work) -> RequestContext:
+    assert work.request is not None
+    endpoint, message = work.endpoint, work.message
+    return RequestContext(
+        endpoint.config.name, message.subject, message.headers, work.deadline, endpoint.worker_id, work.request
+    )
+
+
 class Endpoint:
     """One served subject; `open` subscribes, `drain` finishes what was taken."""
 
@@ -183,8 +202,9 @@ class Endpoint:
         self.stats = EndpointStats()
         self._connection = connection
         self._inbox = inbox
-        self._worker_id = worker_id
-        self._handler = handler
+        self.worker_id = worker_id
+        self._handler: Callable[[Any], Any] = handler
+        self._is_stream = inspect.isasyncgenfunction(handler)
         self._waiting: deque[Work] = deque()
         self._running: set[Work] = set()
         self._by_request_id: dict[str, Work] = {}
@@ -242,8 +262,8 @@ class Endpoint:
         if self._draining:
             self._refuse(message, Draining("the worker is draining", subject=self.config.subject.name))
             return
-        work = Work(message, self.config.default_ttl_s)
-        if AVOID_HEADER in message.headers and self._worker_id in message.headers[AVOID_HEADER].split(","):
+        work = Work(message, self)
+        if AVOID_HEADER in message.headers and self.worker_id in message.headers[AVOID_HEADER].split(","):
             self._refuse(message, Declined("this worker has refused the request before"))
         elif len(self._running) < self.config.concurrency:
             self._start(work)
@@ -289,11 +309,16 @@ class Endpoint:
         started_ns = time.perf_counter_ns()
         work.has_begun = True
         expiry = self._inbox.expiries.add(work, work.deadline.at_s)
+        work_under(work.deadline)
+        _work.set(work)
         try:
             if work.caller_is_gone:
                 self.stats.num_cancelled += 1
+            elif self._is_traced(work.message):
+                with self._process_span(work) as process:
+                    await self._answered(work, process)
             else:
-                await self._serve(work)
+                await self._answered(work, None)
         except asyncio.CancelledError:
             pass  # it was answered, if there was somebody
         except BusError as error:
@@ -304,6 +329,12 @@ class Endpoint:
             self._finished(work)
             self.stats.num_requests += 1
             self.stats.processing_time_ns += time.perf_counter_ns() - started_ns
+
+    def _is_traced(self, message: Msg) -> bool:
+        if not self.config.traced:
+            return False
+        begins_a_trace = is_tracing() and not self.config.one_way
+        return begins_a_trace or _brings_a_trace(message)
 
     def _finished(self, work: Work) -> None:
         if work.link:
@@ -316,21 +347,17 @@ class Endpoint:
         if self._idle is not None and not self._running:
             _settle(self._idle)
 
-    async def _serve(self, work: Work) -> None:
-        message = work.message
-        encoding = encoding_of(message.data) if self.config.public else Encoding.MSGPACK
-        work_under(work.deadline)
-        begins_a_trace = is_tracing() and not self.config.one_way
-        if not self.config.traced or not (begins_a_trace or _brings_a_trace(message)):
-            await self._answered(work, encoding, None)
-            return
-        with self._process_span(work) as process:
-            await self._answered(work, encoding, process)
-
-    async def _answered(self, work: Work, encoding: Encoding, process: Span | None) -> None:
+    async def _answered(self, work: Work, process: Span | None) -> None:
+        encoding = encoding_of(work.message.data) if self.config.public else Encoding.MSGPACK
         reply = _Reply(self, work, encoding, process.trace_id if process else "")
         try:
-            await self._answer(work, encoding, reply)
+            request = self._admitted(work, encoding)
+            if self.config.middleware:
+                await self._in_middleware(work, request, reply)
+            elif self._is_stream:
+                await reply.stream(self._handler(request))
+            else:
+                reply.only(await self._handler(request))
         except asyncio.CancelledError as cancelled:
             error = self._why_cancelled(work)
             if process:
@@ -356,38 +383,27 @@ class Endpoint:
             return Draining("the worker stopped while it worked on this")
         return Cancelled("something that the handler waited for was cancelled")
 
-    async def _answer(self, work: Work, encoding: Encoding, reply: "_Reply") -> None:
+    def _admitted(self, work: Work, encoding: Encoding) -> Message:
+        """The request, if it is one and may begin."""
         message = work.message
         if self._stopping:
             raise Draining("the worker stopped before it began this")
         if work.deadline.expired:
             raise DeadlineExceeded("the request's time was up before a slot took it", subject=self.config.subject.name)
         check_protocol(message.headers, required=not (self.config.public or self.config.one_way))
-        request = decode(message.data, self.config.request_type, encoding)
-        context = RequestContext(
-            self.config.name, message.subject, message.headers, work.deadline, self._worker_id, request
-        )
-        _request.set(context)
-        if not self.config.middleware:
-            await self._handled(request, reply)
-            return
+        request: Message = decode(message.data, self.config.request_type, encoding)
+        work.request = request
+        return request
+
+    async def _in_middleware(self, work: Work, request: Message, reply: "_Reply") -> None:
+        context = work.context = _context_of(work)
         async with AsyncExitStack() as stack:
             for middleware in self.config.middleware:
                 await stack.enter_async_context(middleware(context))
-            await self._handled(context.message, reply)
-
-    async def _handled(self, request: Message, reply: "_Reply") -> None:
-        answer = self._handler(request)
-        if inspect.isawaitable(answer):
-            result = await answer
-            if not self.config.one_way:
-                reply.only(result)
-            return
-        reply.begin_stream()
-        async with contextlib.aclosing(answer) as frames:
-            async for frame in frames:
-                await reply.frame(frame)
-        reply.end()
+            if self._is_stream:
+                await reply.stream(self._handler(context.message))
+            else:
+                reply.only(await self._handler(context.message))
 
     def _process_span(self, work: Work) -> Any:
         subject, message = self.config.subject, work.message
@@ -402,7 +418,7 @@ class Endpoint:
                 names.MESSAGING_DESTINATION_NAME: subject.name,
                 names.MESSAGING_DESTINATION_TEMPLATE: subject.template,
                 names.MESSAGING_CONSUMER_GROUP_NAME: self.config.queue_group,
-                names.MESSAGING_CLIENT_ID: self._worker_id,
+                names.MESSAGING_CLIENT_ID: self.worker_id,
                 names.MESSAGING_MESSAGE_BODY_SIZE: len(message.data),
                 names.NIXL_WAIT_QUEUE_MS: round((time.monotonic() - work.received_at_s) * 1e3, 3),
             },
@@ -424,7 +440,7 @@ class Endpoint:
             self._probing = self._loop.call_later(PROBE_INTERVAL_S, self._probe, context=Context())
 
     def _reply_fault(self, message: Msg, error: BaseException, encoding: Encoding, seq: int, trace_id: str) -> None:
-        fault = fault_of(error, worker_id=self._worker_id, trace_id=trace_id)
+        fault = fault_of(error, worker_id=self.worker_id, trace_id=trace_id)
         self._count_error(str(error))
         if self.config.one_way:
             return
@@ -464,19 +480,29 @@ class _Reply:
 
     def only(self, message: Message | None) -> None:
         """The one reply."""
+        if self._endpoint.config.one_way:
+            return
         if not isinstance(message, Message):
             raise TypeError(f"{self._endpoint.config.name} returned {type(message).__name__}, which is no Message")
         self._endpoint._connection.publish_now(self._work.message.reply, encode(message, self._encoding))
         self._is_over = True
 
-    def begin_stream(self) -> None:
+    def _begin_stream(self) -> None:
         """Listen for the caller's credit, if it asked for a window."""
         text = self._work.message.headers.get(WINDOW_HEADER, "")
         window_frames = int(text) if text.isdecimal() and len(text) < 10 else 0
         if window_frames and self._work.request_id:
             self._work.link = self._endpoint._link(self._work, min(window_frames, MAX_WINDOW_FRAMES))
 
-    async def frame(self, message: Message) -> None:
+    async def stream(self, frames: AsyncGenerator[Message, None]) -> None:
+        """Frame by frame."""
+        self._begin_stream()
+        async with contextlib.aclosing(frames):
+            async for frame in frames:
+                await self._frame(frame)
+        self._end()
+
+    async def _frame(self, message: Message) -> None:
         """The next frame of a stream; waits while its reader is behind."""
         number = self._num_frames
         if isinstance(message, Frame):
@@ -493,7 +519,7 @@ class _Reply:
         await self._endpoint._connection.publish(self._work.message.reply, payload, reply=credit)
         self._num_frames += 1
 
-    def end(self) -> None:
+    def _end(self) -> None:
         """The end of a stream whose handler has nothing more to say."""
         if not self._ends_itself:
             end = encode(StreamEnd(seq=self._num_frames), self._encoding)

@@ -138,7 +138,7 @@ class Inbox:
     @property
     def num_waiters(self) -> int:
         """Requests in flight."""
-        return len(self._waiters)
+        return sum(isinstance(waiter, (SingleWaiter, StreamWaiter)) for waiter in self._waiters.values())
 
     async def single(self, subject: Subject, deadline: Deadline, send: Callable[[str], None]) -> Msg:
         """The reply to the one request that `send` publishes with the reply subject that it is given.

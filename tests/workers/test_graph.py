@@ -1,14 +1,21 @@
 import asyncio
 import json
+import os
+import secrets
+import signal
 import urllib.request
+from contextlib import aclosing, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bus import Bus
+from bus import Bus, RemoteFault
+from observability.propagation import extract
+from observability.tracing import span
+from schemas.generate import GenerateChunk, GenerateDone, GenerateRequest
 from schemas.traces import TraceReply, TraceRequest
-from tests.graph_fixture import RunningGraph, ask, client_config, image_turn, post, sample
+from tests.graph_fixture import RunningGraph, ask, client_config, image_turn, post, sample, user
 from workers.models.packaged import digits_path
 
 CONFIG: dict[str, Any] = json.loads(Path(digits_path(), "config.json").read_text())
@@ -181,3 +188,53 @@ def _secret(attributes: dict[str, Any]) -> bool:
     return any(
         "token" in name and "usage" not in name and "model." not in name for name in attributes if "nixl" in name
     )
+
+
+async def test_a_stream_that_nobody_reads_any_further_ends_every_stage_behind_it(graph: RunningGraph) -> None:
+    async with Bus.open(client_config(graph), data_plane=False) as bus:
+        request = GenerateRequest(messages=[user("hello")], max_tokens=900, ignore_eos=True)
+        trace_id = secrets.token_hex(16)
+        with span("root", parent=extract({"traceparent": f"00-{trace_id}-{'1' * 16}-01"})):
+            frames = bus.stream(
+                bus.subjects.graph("vlm", "generate"), request, GenerateChunk, GenerateDone, timeout_s=30
+            )
+            async with aclosing(frames):
+                assert [(await anext(frames)).seq for _ in range(5)] == [0, 1, 2, 3, 4]
+        ended = await cancelled_spans(bus, trace_id)
+        assert {"process graph.vlm.generate", "process graph.vlm.decode"} <= ended
+        assert (await ask(bus, "What digit is this?", [sample(3)])).text == "This is the digit 3."
+
+
+async def test_an_http_client_that_goes_away_ends_every_stage_behind_it(graph: RunningGraph) -> None:
+    encode_pid, trace_id = graph.worker_pids()["encode"], secrets.token_hex(16)
+    body = json.dumps({"messages": [image_turn(7)], "max_tokens": 16}).encode()
+    host, port = graph.http_url.removeprefix("http://").split(":")
+    head = (
+        f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\ntraceparent: 00-{trace_id}-{'1' * 16}-01\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    os.kill(encode_pid, signal.SIGSTOP)
+    try:
+        _, writer = await asyncio.open_connection(host, int(port))
+        writer.write(head.encode() + body)
+        await writer.drain()
+        await asyncio.sleep(0.5)  # until prefill waits for encode
+        writer.close()
+        async with Bus.open(client_config(graph), data_plane=False) as bus:
+            ended = await cancelled_spans(bus, trace_id)
+    finally:
+        os.kill(encode_pid, signal.SIGCONT)
+    assert {f"process graph.vlm.{stage}" for stage in ("generate", "decode", "prefill")} <= ended
+    async with Bus.open(client_config(graph), data_plane=False) as bus:
+        assert (await ask(bus, "What digit is this?", [sample(3)])).text == "This is the digit 3."
+
+
+async def cancelled_spans(bus: Bus, trace_id: str) -> set[str]:
+    """Names of the spans of a trace that ended with a cancellation, once there are no more of them."""
+    async with asyncio.timeout(20):
+        while True:
+            with suppress(RemoteFault):
+                ended = [s for s in await spans_of(bus, trace_id) if s["attributes"].get("error.type") == "cancelled"]
+                if len(ended) > 3:
+                    return {each["name"] for each in ended}
+            await asyncio.sleep(0.2)

@@ -11,9 +11,9 @@ import contextlib
 import json
 import secrets
 import socket
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
-from contextlib import aclosing
-from typing import Any, ClassVar
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterator
+from contextlib import AsyncExitStack, aclosing
+from typing import Any, ClassVar, TypeVar
 
 from bus import THRICE, Bus, BusError, ConfigError, RequestRefused, fault_of
 from observability import semantic_conventions as names
@@ -36,6 +36,7 @@ except ImportError as error:  # pragma: no cover
     raise ImportError("the frontend needs starlette and uvicorn: pip install 'nixlbus[http]'") from error
 
 ROUTE = "/v1/chat/completions"
+T = TypeVar("T")
 MAX_BODY_BYTES = 12 << 20
 """An image of 8 MiB, the bus's max_payload, is 10.7 MiB as base64."""
 
@@ -97,10 +98,12 @@ class FrontendWorker(GraphWorker):
         try:
             request = openai_api.parse(await _body(http))
             frames = self._frames(openai_api.to_generate_request(request), server_span)
-            first = await anext(frames)
-            if not request.stream:
-                async with aclosing(frames):
-                    return await _complete(first, frames, server_span)
+            async with AsyncExitStack() as stack:
+                await stack.enter_async_context(aclosing(frames))
+                first = await _unless_gone(http, anext(frames))
+                if not request.stream:
+                    return await _unless_gone(http, _complete(first, frames, server_span))
+                stack.pop_all()
             handed_over = True
             events = _events(request, first, frames, server_span)
             headers = {**_trace_header(server_span), "Cache-Control": "no-cache"}
@@ -172,6 +175,25 @@ async def _body(http: Request) -> bytes:
                 remedy="send smaller images",
             )
     return bytes(body)
+
+
+async def _unless_gone(http: Request, work: Awaitable[T]) -> T:
+    """The result of `work`, which is cancelled when the client goes away: raises `ClientDisconnect` then."""
+    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(http))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientDisconnect
+        return await working
+    finally:
+        for task in (working, leaving):
+            task.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+async def _disconnected(http: Request) -> None:
+    while (await http.receive())["type"] != "http.disconnect":
+        pass
 
 
 async def _complete(first: GenerateChunk | GenerateDone, frames: AsyncIterator[Any], server_span: Span) -> Response:

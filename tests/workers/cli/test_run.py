@@ -83,6 +83,12 @@ def nats_server_of(process: "subprocess.Popen[str]") -> int:
     raise AssertionError("it has no nats-server")
 
 
+def until_unready(health: str) -> None:
+    deadline_s = time.monotonic() + 10
+    while get(f"{health}/readyz")[0] == 200 and time.monotonic() < deadline_s:
+        time.sleep(0.05)
+
+
 def get(url: str) -> tuple[int, str]:
     try:
         with urllib.request.urlopen(url, timeout=5) as response:
@@ -109,9 +115,7 @@ async def test_a_worker_of_one_s_own_serves_tells_its_health_and_drains(tmp_path
                 assert get(f"{health}/readyz") == (200, "ready")
                 assert get(f"{health}/else")[0] == 404
                 os.kill(nats_server_of(server), signal.SIGKILL)
-                deadline_s = time.monotonic() + 10
-                while get(f"{health}/readyz")[0] == 200 and time.monotonic() < deadline_s:
-                    await asyncio.sleep(0.05)
+                await asyncio.to_thread(until_unready, health)
                 assert get(f"{health}/readyz") == (503, "not connected to NATS")
                 assert get(f"{health}/livez") == (200, "alive")
 
