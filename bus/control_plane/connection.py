@@ -219,6 +219,7 @@ class Connection:
     async def close(self, timeout_s: float = 2.0) -> None:
         """Flush what was published and close; ends within `timeout_s` even if the server is gone."""
         self._is_open = False
+        self._tell(ConnectionLost("the connection to NATS was closed here"), "")
         if self._stuck:
             self._stuck.cancel()
         if self._rebuilding:

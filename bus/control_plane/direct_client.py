@@ -86,7 +86,7 @@ class DirectClient(Client):
         While there is no connection it is kept for the next one, up to nats-py's `pending_size`: more raises
         `OutboundBufferLimitError`.
         """
-        if not self.is_connected:
+        if self._status != Client.CONNECTED:
             if self.is_closed:
                 raise errors.ConnectionClosedError
             if self._pending_data_size + len(command) > self._max_pending_size:

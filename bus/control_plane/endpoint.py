@@ -13,7 +13,7 @@ import inspect
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from contextvars import Context, ContextVar, copy_context
 from dataclasses import dataclass
@@ -120,6 +120,7 @@ class Work:
     """One request that was taken: waiting, or running in a task."""
 
     __slots__ = (
+        "avoided",
         "caller_is_gone",
         "context",
         "deadline",
@@ -141,10 +142,14 @@ class Work:
         self.endpoint = endpoint
         self.received_at_s = time.monotonic()
         self.request_id = ""
+        self.avoided: Sequence[str] = ()
         ttl_s = endpoint.config.default_ttl_s
         if message.header_block:
             headers = message.headers
             self.request_id = headers.get(REQUEST_ID_HEADER, "")
+            avoided = headers.get(AVOID_HEADER)
+            if avoided:
+                self.avoided = avoided.split(",")
             ttl_ms = headers.get(TTL_HEADER, "")
             if ttl_ms.isdecimal() and len(ttl_ms) < 16:
                 ttl_s = min(int(ttl_ms) / 1000, MAX_TTL_S)
@@ -239,6 +244,7 @@ class Endpoint:
         await asyncio.gather(*tasks, return_exceptions=True)
         while self._waiting:
             self._refuse(self._waiting.popleft().message, Draining("the worker stopped before it began this"))
+        self._by_request_id.clear()
         if self._probing:
             self._probing.cancel()
 
@@ -263,7 +269,7 @@ class Endpoint:
             self._refuse(message, Draining("the worker is draining", subject=self.config.subject.name))
             return
         work = Work(message, self)
-        if AVOID_HEADER in message.headers and self.worker_id in message.headers[AVOID_HEADER].split(","):
+        if self.worker_id in work.avoided:
             self._refuse(message, Declined("this worker has refused the request before"))
         elif len(self._running) < self.config.concurrency:
             self._start(work)
@@ -388,7 +394,7 @@ class Endpoint:
         message = work.message
         if self._stopping:
             raise Draining("the worker stopped before it began this")
-        if work.deadline.expired:
+        if work.deadline.at_s <= time.monotonic():
             raise DeadlineExceeded("the request's time was up before a slot took it", subject=self.config.subject.name)
         check_protocol(message.headers, required=not (self.config.public or self.config.one_way))
         request: Message = decode(message.data, self.config.request_type, encoding)
@@ -492,6 +498,8 @@ class _Reply:
         text = self._work.message.headers.get(WINDOW_HEADER, "")
         window_frames = int(text) if text.isdecimal() and len(text) < 10 else 0
         if window_frames and self._work.request_id:
+            if self._work.link:  # of a probe, while a middleware took its time
+                self._work.link.close()
             self._work.link = self._endpoint._link(self._work, min(window_frames, MAX_WINDOW_FRAMES))
 
     async def stream(self, frames: AsyncGenerator[Message, None]) -> None:

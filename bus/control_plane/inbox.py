@@ -3,15 +3,15 @@
 In: messages on `_INBOX.<client>.<nonce>.<token>`. Out: each to the waiter of its token, or an error to it.
 Invariants: a waiter is told at once of "no responders", a lost connection and a denied subject (nats-py's own
 request() would time out); a token is used once and forgotten when its waiter leaves, so late replies are dropped.
-A message that asks for nothing but whether somebody is here (`is_probe`) reaches no waiter: that it could be delivered
-is the answer.
+A message that asks for nothing but whether somebody is here (`PROBE_HEADER`) reaches no waiter: that it could be
+delivered is the answer, unless nobody waits for that reply any more, which is said.
 """
 
 import asyncio
 import secrets
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Protocol
 
 from bus.control_plane.connection import Connection, Msg
@@ -23,6 +23,7 @@ from schemas.subjects import Subject
 MAX_UNREAD_REPLIES = 65_536
 """Replies that wait unread before the waiter is failed: tokens of a stream whose consumer stopped reading."""
 PROBE_HEADER = "Nixlbus-Probe"
+_NOBODY_WAITS = b"NATS/1.0 503\r\n\r\n"
 
 
 class Waiter(Protocol):
@@ -182,6 +183,9 @@ class Inbox:
         waiter = self._waiters.get(message.subject.rpartition(".")[2])
         if waiter is not None:
             waiter.take(message)
+        elif message.reply and message.header_block and PROBE_HEADER in message.headers:
+            with suppress(BusError):  # the answer that the server gives for a caller whose process is gone
+                self._connection.publish_now(message.reply, b"", headers=_NOBODY_WAITS)
 
     def _on_loss(self, error: BusError, subject: str) -> None:
         for waiter in list(self._waiters.values()):
