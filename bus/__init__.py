@@ -15,7 +15,8 @@ from bus.control_plane.embedded_server import (
     server_binary,
     server_configuration,
 )
-from bus.control_plane.endpoint import EndpointConfig, Handler, Middleware, RequestContext, current_request
+from bus.control_plane.endpoint import EndpointConfig, Handler
+from bus.control_plane.request_context import Middleware, RequestContext, current_request
 from bus.control_plane.retry import THRICE, RetryPolicy
 from bus.data_plane.agent import keep_stdout_clean
 from bus.data_plane.descriptor import Descriptor, Device, DeviceKind

@@ -18,8 +18,9 @@ from bus.control_plane.call import DEFAULT_WINDOW_FRAMES, Caller, CallMeter, tra
 from bus.control_plane.connection import Connection, Msg, redacted
 from bus.control_plane.declaration import StreamCall, UnaryCall
 from bus.control_plane.discovery import Service, ServiceIdentity, discover
-from bus.control_plane.endpoint import Endpoint, EndpointConfig, Handler, Middleware
+from bus.control_plane.endpoint import Endpoint, EndpointConfig, Handler
 from bus.control_plane.inbox import Inbox
+from bus.control_plane.request_context import Middleware
 from bus.control_plane.retry import ONCE, RetryPolicy
 from bus.data_lane import REAPED_EVENT, DataLane
 from bus.data_plane.memory import RegisteredMemory, TensorArena

@@ -13,8 +13,6 @@ History: 1 (0.1.0), the first. 2 (0.2.0, 0.3.0): the handshake's question is sig
 process.
 """
 
-from collections.abc import Mapping
-
 PROTOCOL_VERSION = 2
 SUPPORTED_VERSIONS = range(PROTOCOL_VERSION - 1, PROTOCOL_VERSION + 1)
 """Of callers: this version and the one before."""
@@ -49,12 +47,10 @@ class WrongProtocol(ValueError):
         )
 
 
-def check_protocol(headers: Mapping[str, str] | None, *, required: bool) -> None:
-    """Accept `SUPPORTED_VERSIONS`, or no header at all where it isn't `required`. Raises `WrongProtocol`."""
-    theirs = (headers or {}).get(PROTOCOL_HEADER)
+def check_protocol(theirs: str | None, *, required: bool) -> None:
+    """Accept one of `SUPPORTED_VERSIONS`, or none at all where it isn't `required`. Raises `WrongProtocol`."""
     if theirs is None:
         if required:
             raise WrongProtocol("")
-        return
-    if theirs.strip() not in _SUPPORTED:
+    elif theirs.strip() not in _SUPPORTED:
         raise WrongProtocol(theirs)

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from schemas.protocol import PROTOCOL_HEADER, PROTOCOL_VERSION, WrongProtocol, check_protocol
+from schemas.protocol import PROTOCOL_VERSION, WrongProtocol, check_protocol
 from schemas.subjects import IDENTIFIER, InvalidIdentifier, Subjects
 
 
@@ -44,9 +44,9 @@ def test_a_subject_has_the_tokens_that_it_was_made_of(text: str) -> None:
 
 def test_our_protocol_and_the_one_before_are_accepted_and_no_other() -> None:
     for spoken in (PROTOCOL_VERSION, PROTOCOL_VERSION - 1):
-        check_protocol({PROTOCOL_HEADER: str(spoken)}, required=True)
+        check_protocol(str(spoken), required=True)
     check_protocol(None, required=False)
     others = [str(PROTOCOL_VERSION + 1), str(PROTOCOL_VERSION - 2), "", "x" * 999, "2.0", "0x2", "²"]
-    for headers in (None, {}, *({PROTOCOL_HEADER: theirs} for theirs in others)):
+    for theirs in (None, *others):
         with pytest.raises(WrongProtocol, match=f"understands {PROTOCOL_VERSION - 1} to {PROTOCOL_VERSION}"):
-            check_protocol(headers, required=True)
+            check_protocol(theirs, required=True)
