@@ -1,162 +1,27 @@
 """nixlbus's public API: open a `Bus`, call and serve typed messages, move tensors by paired operations.
 
+The names stand in `bus.public_names`, which is imported when the first of them is asked for: nats alone takes a
+quarter of the time, and the pytest plugin in here is loaded by every test run of whoever has nixlbus installed.
 nixl and torch are imported when a bus opens its data plane, so that `import bus` works where they aren't installed.
 """
 
-from bus.blocks.pool import BlockLayout, BlockPool, KvBlocks
-from bus.bus import Bus
-from bus.config import BusConfig, ConfigError
-from bus.control_plane.call import CallMeter
-from bus.control_plane.declaration import Place, StreamCall, UnaryCall
-from bus.control_plane.embedded_server import (
-    EmbeddedServer,
-    ServerUnavailable,
-    embedded_server,
-    server_binary,
-    server_configuration,
-)
-from bus.control_plane.endpoint import EndpointConfig, Handler
-from bus.control_plane.request_context import Middleware, RequestContext, current_request
-from bus.control_plane.retry import THRICE, RetryPolicy
-from bus.data_plane.agent import keep_stdout_clean
-from bus.data_plane.descriptor import Descriptor, Device, DeviceKind
-from bus.data_plane.memory import ArenaTensor, LocalMemory
-from bus.data_plane.probe import ProbeReport, probe_data_plane
-from bus.data_plane.transfer import TransferCancelled, TransferReport
-from bus.deadline import Deadline
-from bus.errors import (
-    AuthenticationError,
-    BusError,
-    Cancelled,
-    ChecksumMismatch,
-    ConnectionLost,
-    ControlPlaneError,
-    DataPlaneError,
-    DeadlineExceeded,
-    Declined,
-    Draining,
-    ForeignGrant,
-    IncompatiblePeer,
-    IncompleteOperation,
-    InvalidDescriptor,
-    LeaseExpired,
-    LocalProtocolError,
-    NoResponders,
-    NotContiguous,
-    Overloaded,
-    PayloadTooLarge,
-    PeerLost,
-    PermissionDenied,
-    PoolExhausted,
-    ReadOnlyMemory,
-    RegistrationError,
-    RemoteFault,
-    RemoteProtocolError,
-    RequestRefused,
-    StaleGrant,
-    TransferError,
-    WrongLayout,
-    WrongLength,
-    WrongPairing,
-    fault_of,
-)
-from bus.handshake.authentication import KeyFileError, write_key_file
-from bus.handshake.process_identity import identity_of
-from bus.operations.claim import Claim, PendingClaim
-from bus.operations.initiator import OperationReport, ReadOperation, WriteOperation
-from bus.operations.lifecycle import GrantState
-from bus.operations.target import OperationStatus, PeerOutcome, ReadableOperation, WritableOperation
-from schemas.message import Message, Part
-from schemas.operations import CompletionAck, Initiator, ProcessIdentity, RdmaMetadata
-from schemas.stream import Frame, LastFrame
+from importlib import import_module
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "THRICE",
-    "ArenaTensor",
-    "AuthenticationError",
-    "BlockLayout",
-    "BlockPool",
-    "Bus",
-    "BusConfig",
-    "BusError",
-    "CallMeter",
-    "Cancelled",
-    "ChecksumMismatch",
-    "Claim",
-    "CompletionAck",
-    "ConfigError",
-    "ConnectionLost",
-    "ControlPlaneError",
-    "DataPlaneError",
-    "Deadline",
-    "DeadlineExceeded",
-    "Declined",
-    "Descriptor",
-    "Device",
-    "DeviceKind",
-    "Draining",
-    "EmbeddedServer",
-    "EndpointConfig",
-    "ForeignGrant",
-    "Frame",
-    "GrantState",
-    "Handler",
-    "IncompatiblePeer",
-    "IncompleteOperation",
-    "Initiator",
-    "InvalidDescriptor",
-    "KeyFileError",
-    "KvBlocks",
-    "LastFrame",
-    "LeaseExpired",
-    "LocalMemory",
-    "LocalProtocolError",
-    "Message",
-    "Middleware",
-    "NoResponders",
-    "NotContiguous",
-    "OperationReport",
-    "OperationStatus",
-    "Overloaded",
-    "Part",
-    "PayloadTooLarge",
-    "PeerLost",
-    "PeerOutcome",
-    "PendingClaim",
-    "PermissionDenied",
-    "Place",
-    "PoolExhausted",
-    "ProbeReport",
-    "ProcessIdentity",
-    "RdmaMetadata",
-    "ReadOnlyMemory",
-    "ReadOperation",
-    "ReadableOperation",
-    "RegistrationError",
-    "RemoteFault",
-    "RemoteProtocolError",
-    "RequestContext",
-    "RequestRefused",
-    "RetryPolicy",
-    "ServerUnavailable",
-    "StaleGrant",
-    "StreamCall",
-    "TransferCancelled",
-    "TransferError",
-    "TransferReport",
-    "UnaryCall",
-    "WritableOperation",
-    "WriteOperation",
-    "WrongLayout",
-    "WrongLength",
-    "WrongPairing",
-    "current_request",
-    "embedded_server",
-    "fault_of",
-    "identity_of",
-    "keep_stdout_clean",
-    "probe_data_plane",
-    "server_binary",
-    "server_configuration",
-    "write_key_file",
-]
+if TYPE_CHECKING:
+    from bus.public_names import *  # noqa: F403
+    from bus.public_names import __all__ as __all__
+
+
+def __getattr__(name: str) -> object:
+    if name.startswith("__") and name != "__all__":  # what the import system itself asks a module for
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    offered = import_module("bus.public_names")
+    if name != "__all__" and name not in offered.__all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals().update({public: getattr(offered, public) for public in offered.__all__}, __all__=offered.__all__)
+    return globals()[name]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *import_module("bus.public_names").__all__})

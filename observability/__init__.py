@@ -39,6 +39,7 @@ from observability.tracing import (
 if TYPE_CHECKING:
     from observability.receiver import OtlpReceiver, ReceiverBindError
     from observability.span_export import ExportCounts
+    from observability.span_recorder import SpanRecorder
     from observability.waterfall import render_waterfall
 
 __all__ = [
@@ -54,6 +55,7 @@ __all__ = [
     "SpanKind",
     "SpanLinkRecord",
     "SpanRecord",
+    "SpanRecorder",
     "SpanScope",
     "TraceIncompleteError",
     "TraceStore",
@@ -82,6 +84,7 @@ _LAZY = {
     "ExportCounts": "observability.span_export",
     "OtlpReceiver": "observability.receiver",
     "ReceiverBindError": "observability.receiver",
+    "SpanRecorder": "observability.span_recorder",
     "render_waterfall": "observability.waterfall",
 }
 

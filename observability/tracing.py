@@ -34,11 +34,16 @@ from observability.export_environment import is_export_wanted
 from observability.semantic_conventions import SCHEMA_URL
 
 if TYPE_CHECKING:
+    from opentelemetry.sdk.trace import SpanProcessor
+
     from observability.span_export import ExportCounts, SpanPipeline
 
 _tracer: trace.Tracer | None = None
 _pipeline: "SpanPipeline | None" = None
 _service_name = ""
+_identity: dict[str, str] = {}
+"""What the process called itself in `configure`."""
+_listeners: "list[SpanProcessor]" = []
 
 _OTEL_KINDS = {
     SpanKind.INTERNAL: trace.SpanKind.INTERNAL,
@@ -148,31 +153,35 @@ def configure(service_name: str, *, instance_id: str, service_version: str) -> N
     Raises:
         ValueError: a variable of the exporter can't be used.
     """
-    global _service_name, _pipeline, _tracer
+    global _service_name, _pipeline, _identity
     shutdown()
     _service_name = service_name
-    if not is_export_wanted():
-        return
-    from opentelemetry.sdk.resources import OTELResourceDetector, Resource
-    from opentelemetry.sdk.trace import TracerProvider
-
-    from observability.span_export import SpanPipeline, otlp_exporter
-
-    ours = {
+    _identity = {
         "service.name": service_name,
         "service.instance.id": instance_id,
         "service.version": service_version,
     }
-    resource = Resource.create({**ours, **OTELResourceDetector().detect().attributes})
-    _service_name = str(resource.attributes["service.name"])
-    _pipeline = SpanPipeline(otlp_exporter())
-    provider = TracerProvider(resource=resource, shutdown_on_exit=False)
-    provider.add_span_processor(_pipeline)
-    _tracer = provider.get_tracer("nixlbus", service_version, SCHEMA_URL)
+    if is_export_wanted():
+        from observability.span_export import SpanPipeline, otlp_exporter
+
+        _pipeline = SpanPipeline(otlp_exporter())
+    _connect()
+
+
+def listen(listener: "SpanProcessor") -> None:
+    """Tell `listener` of every span that begins from now on, sampled or not, beside or without an export."""
+    _listeners.append(listener)
+    _connect()
+
+
+def stop_listening(listener: "SpanProcessor") -> None:
+    """Tell `listener` of no further spans. Without an export and another listener, tracing is off again."""
+    _listeners.remove(listener)
+    _connect()
 
 
 def is_tracing() -> bool:
-    """Return whether `configure` found a collector to send spans to."""
+    """Return whether spans are recorded: `configure` found a collector to send them to, or somebody listens."""
     return _tracer is not None
 
 
@@ -199,14 +208,35 @@ def shutdown(timeout_s: float = 2.0) -> None:
 
     Runs by itself when the interpreter exits. `configure` may be called again afterwards.
     """
-    global _pipeline, _service_name, _tracer
-    pipeline, _pipeline, _tracer = _pipeline, None, None
+    global _pipeline, _service_name, _identity
+    pipeline, _pipeline = _pipeline, None
+    _identity = {}
+    _connect()
     if pipeline:
         pipeline.close(timeout_s)
     _service_name = ""
 
 
 atexit.register(shutdown)
+
+
+def _connect() -> None:
+    """Make the tracer anew, for the export and the listeners that there are; none if there are none."""
+    global _service_name, _tracer
+    _tracer = None
+    if not _pipeline and not _listeners:
+        return
+    from opentelemetry.sdk.resources import OTELResourceDetector, Resource
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.sampling import ALWAYS_ON
+
+    resource = Resource.create({**_identity, **OTELResourceDetector().detect().attributes})
+    if _identity:
+        _service_name = str(resource.attributes["service.name"])
+    provider = TracerProvider(resource=resource, sampler=ALWAYS_ON if _listeners else None, shutdown_on_exit=False)
+    for processor in (*([_pipeline] if _pipeline else []), *_listeners):
+        provider.add_span_processor(processor)
+    _tracer = provider.get_tracer("nixlbus", _identity.get("service.version", ""), SCHEMA_URL)
 
 
 def _start(

@@ -38,7 +38,8 @@ MAX_TTL_S = 3600.0
 MAX_WINDOW_FRAMES = 65_536
 _MAX_DIGITS = 15
 _TTL_AND_ID_ALONE = re.compile(
-    rb"NATS/1\.0\r\nNixlbus-Protocol: (\d{1,9})\r\nNixlbus-Ttl-Ms: (\d{1,15})\r\nNixlbus-Request-Id: ([\w-]{1,64})\r\n\r\n"
+    rb"NATS/1\.0\r\nNixlbus-Protocol: (\d{1,9})\r\nNixlbus-Ttl-Ms: (\d{1,15})\r\n"
+    rb"Nixlbus-Request-Id: ([\w-]{1,64})\r\n\r\n"
 )
 """The headers of a plain request of ours: read without making a dictionary of them."""
 

@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any, ClassVar
 
-from bus import THRICE, BlockLayout, BlockPool, CallMeter, RequestRefused
+from bus import BlockLayout, BlockPool, CallMeter, RequestRefused, RetryPolicy
 from observability import semantic_conventions as names
 from observability.tracing import span
 from schemas.fault import FaultCode
@@ -102,7 +102,7 @@ class DecodeWorker(ModelWorker):
                     ),
                     PrefillReply,
                     timeout_s=self.settings.request_timeout_s,
-                    retry=THRICE,
+                    retry=RetryPolicy(),
                     meter=meter,
                 )
                 await kv

@@ -15,7 +15,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterator
 from contextlib import AsyncExitStack, aclosing
 from typing import Any, ClassVar, TypeVar
 
-from bus import THRICE, Bus, BusError, ConfigError, RequestRefused, fault_of
+from bus import Bus, BusError, ConfigError, RequestRefused, RetryPolicy, fault_of
 from observability import semantic_conventions as names
 from observability.active_span import Span, SpanKind
 from observability.propagation import extract
@@ -124,7 +124,7 @@ class FrontendWorker(GraphWorker):
             GenerateChunk,
             GenerateDone,
             timeout_s=self.settings.request_timeout_s,
-            retry=THRICE,
+            retry=RetryPolicy(),
             parent=server_span,
         )
 

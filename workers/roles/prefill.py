@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from bus import THRICE, CallMeter
+from bus import CallMeter, RetryPolicy
 from observability.tracing import span
 from schemas.stages import EncodeReply, EncodeRequest, PrefillReply, PrefillRequest
 from workers.declaration import endpoint
@@ -82,7 +82,7 @@ class PrefillWorker(ModelWorker):
                     ),
                     EncodeReply,
                     timeout_s=self.settings.request_timeout_s,
-                    retry=THRICE,
+                    retry=RetryPolicy(),
                     meter=meter,
                 )
                 await embeddings

@@ -11,7 +11,7 @@ from contextlib import aclosing
 from pathlib import Path
 from typing import Any, ClassVar
 
-from bus import THRICE, CallMeter, RequestRefused
+from bus import CallMeter, RequestRefused, RetryPolicy
 from observability import semantic_conventions as names
 from observability.tracing import current_span
 from schemas.fault import FaultCode
@@ -75,7 +75,7 @@ class ProcessorWorker(ModelWorker):
             DecodeToken,
             DecodeDone,
             timeout_s=self.settings.request_timeout_s,
-            retry=THRICE,
+            retry=RetryPolicy(),
             meter=meter,
         )
         async with aclosing(frames):

@@ -66,7 +66,7 @@ async def serve(bus: Bus, name: str, handler: object, **fields: object) -> Endpo
 
 async def soon(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(SOON_S):
-        while not condition():
+        while not condition():  # noqa: ASYNC110
             await asyncio.sleep(0.005)
 
 
