@@ -94,7 +94,10 @@ def run(
 
 @app.command()
 def server(
-    port: Annotated[int, typer.Option("--port", help="Port of the nats-server; 0 takes a free one.")] = 4222,
+    port: Annotated[
+        int | None,
+        typer.Option("--port", help="Port of the nats-server; 0: a free one. [default: $NIXLBUS_NATS_URL's or 4222]"),
+    ] = None,
     otlp_port: Annotated[
         int | None, typer.Option("--otlp-port", help="Port of the trace store. [default: 4317]")
     ] = None,

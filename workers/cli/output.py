@@ -31,10 +31,10 @@ class Output:
             sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
             sys.stdout.flush()
 
-    def text(self, *renderables: Any, end: str = "\n") -> None:
-        """Something to read, without `--json`."""
+    def text(self, *renderables: Any, end: str = "\n", wrap: bool = True) -> None:
+        """Something to read, without `--json`. Lines are folded at the terminal's width if `wrap`."""
         if not self.as_json:
-            self.console.print(*renderables, end=end)
+            self.console.print(*renderables, end=end, soft_wrap=not wrap)
 
     def table(self, table: Table) -> None:
         """A table at its full width, without `--json`: a narrower terminal wraps its lines, and nothing is cut."""
