@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from bus import Bus, BusConfig, EmbeddedServer, embedded_server
+from bus.control_plane.inbox import PROBE_HEADER
 from bus.control_plane.retry import NOT_TAKEN
 from schemas import protocol
 from schemas.fault import FaultCode
@@ -70,7 +71,7 @@ def test_the_table_of_options_is_all_that_an_endpoint_takes() -> None:
 def test_the_table_of_headers_is_all_of_ours() -> None:
     ours = {value for name, value in vars(protocol).items() if name.endswith("_HEADER")}
     told = {name for row in table_rows(PAGE, "header") for name in re.findall(r"`([\w-]+)`", row[0])}
-    assert told == ours | {"traceparent"}
+    assert told == ours | {PROBE_HEADER, "traceparent"}
 
 
 def test_what_is_sent_again_is_what_the_code_sends_again() -> None:
