@@ -20,8 +20,12 @@ COPY --from=requirements /requirements.txt /tmp/requirements.txt
 COPY constraints.txt /tmp/constraints.txt
 RUN python -m pip install ${PIP_ARGS} -c /tmp/constraints.txt -r /tmp/requirements.txt
 
-# /etc/nixlbus is what a new volume copies its owner from: the init step writes the shared key there with mode 0600.
-RUN useradd --uid 10001 --user-group --create-home nixlbus && install -d -o nixlbus -g nixlbus /etc/nixlbus
+# These folders are what new volumes copy their owner and mode from: the init step writes each user's keys into its own.
+RUN useradd --uid 10001 --user-group --create-home nixlbus \
+    && install -d -o nixlbus -g nixlbus -m 0700 /etc/nixlbus \
+    && cd /etc/nixlbus \
+    && install -d -o nixlbus -g nixlbus -m 0700 frontend processor decode prefill encode traces \
+    && install -d -o nixlbus -g nixlbus -m 0755 server
 
 COPY pyproject.toml constraints.txt README.md LICENSE /src/
 COPY bus /src/bus

@@ -16,6 +16,7 @@ from typing import Any, TypeVar, overload
 from bus.config import BusConfig
 from bus.control_plane.call import DEFAULT_WINDOW_FRAMES, Caller, CallMeter, trace_headers
 from bus.control_plane.connection import Connection, Msg, redacted
+from bus.control_plane.credentials import connect_options
 from bus.control_plane.declaration import StreamCall, UnaryCall
 from bus.control_plane.discovery import Service, ServiceIdentity, discover
 from bus.control_plane.endpoint import Endpoint, EndpointConfig, Handler
@@ -89,9 +90,11 @@ class Bus:
     ) -> AsyncIterator["Bus"]:
         """Open both lanes (or NATS alone) and close them at the end of the context.
 
-        Raises `ConnectionLost`, `RegistrationError`, and `KeyFileError` where the data plane's key is missing.
+        Raises `ConfigError` for credentials that can't be used, `ConnectionLost`, `PermissionDenied` where the server
+        grants not even the inbox, `RegistrationError`, and `KeyFileError` where the data plane's key is missing.
         """
-        connection = await Connection.open(config.nats_url, config.worker_id, config.connect_timeout_s)
+        options = connect_options(config)
+        connection = await Connection.open(config.nats_url, config.worker_id, config.connect_timeout_s, options=options)
         try:
             bus = cls(config, connection)
             try:
@@ -260,7 +263,7 @@ class Bus:
 
     async def subscribe(
         self,
-        subject: Subject,
+        subject: Subject | Sequence[Subject],
         message_type: type[M],
         callback: Callable[[M], Any],
         *,
@@ -272,6 +275,7 @@ class Bus:
     ) -> None:
         """Call `callback` with every message of `message_type` on `subject` until the bus closes.
 
+        `subject` may be several, such as `bus.subjects.events(kind)`; each has a queue of its own then.
         For one-way messages; what isn't a `message_type` is dropped and counted, and so is what finds `max_queued`
         waiting. With a `concurrency` of 1 they come in order: a coroutine function is awaited, for at most `timeout_s`,
         before the next. With a `queue_group` each message reaches one of its members.
@@ -282,18 +286,19 @@ class Bus:
             if inspect.isawaitable(result):
                 await result
 
-        config = EndpointConfig(
-            name=subject.template.rpartition(".")[2],
-            subject=subject,
-            request_type=message_type,
-            queue_group=queue_group,
-            concurrency=concurrency,
-            max_queued=max_queued,
-            default_ttl_s=timeout_s,
-            one_way=True,
-            middleware=middleware,
-        )
-        await self.serve(config, handler)
+        for each in (subject,) if isinstance(subject, Subject) else subject:
+            config = EndpointConfig(
+                name=each.template.rpartition(".")[2],
+                subject=each,
+                request_type=message_type,
+                queue_group=queue_group,
+                concurrency=concurrency,
+                max_queued=max_queued,
+                default_ttl_s=timeout_s,
+                one_way=True,
+                middleware=middleware,
+            )
+            await self.serve(config, handler)
 
     async def serve(self, config: EndpointConfig, handler: Handler) -> None:
         """Serve a subject until the bus closes: `handler` takes the request and returns the reply or yields frames.

@@ -10,7 +10,8 @@ from typing import Any
 
 import msgspec
 
-from schemas.subjects import DEFAULT_PREFIX, Subjects, identifier
+from bus.control_plane.nats_url import is_usable, names_user, redacted
+from schemas.subjects import DEFAULT_PREFIX, Subjects, checked_worker_id
 
 DEFAULT_NATS_URL = "nats://127.0.0.1:4222"
 
@@ -27,9 +28,20 @@ class BusConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Everything that a `Bus` is opened with. Each field's variable and the source of its default stand below."""
 
     worker_id: str
-    """NIXLBUS_WORKER_ID; a role and random digits if unset, so that two workers never share one."""
+    """NIXLBUS_WORKER_ID; if unset a role and random digits, so that two workers never share one: `encode-1f2e3d`, or
+    with NATS credentials `encode.1f2e3d`, whose role permissions can match. NIXLBUS_IDENTITY is another role for it."""
     nats_url: str = DEFAULT_NATS_URL
-    """NIXLBUS_NATS_URL: one URL, or several with commas."""
+    """NIXLBUS_NATS_URL: one URL, or several with commas; `tls://` for TLS. A user and password may stand in it."""
+    nats_creds: str = ""
+    """NIXLBUS_NATS_CREDS: a credentials file of NATS (JWT and seed), mode 0600."""
+    nats_nkey: str = ""
+    """NIXLBUS_NATS_NKEY: an nkey's seed file, mode 0600; `nixlbus nats-conf` makes one for each role."""
+    nats_ca: str = ""
+    """NIXLBUS_NATS_CA: certificates to trust instead of the system's, PEM."""
+    nats_cert: str = ""
+    """NIXLBUS_NATS_CERT: our own certificate, PEM, for servers that ask for one; with `nats_key`."""
+    nats_key: str = ""
+    """NIXLBUS_NATS_KEY: its private key, PEM, mode 0600."""
     prefix: str = DEFAULT_PREFIX
     """NIXLBUS_PREFIX: first token of every subject."""
     connect_timeout_s: float = 10.0
@@ -56,8 +68,11 @@ class BusConfig(msgspec.Struct, frozen=True, kw_only=True):
     """NIXLBUS_CHECKSUM: whether operations prove their bytes where their caller doesn't say; two passes over them."""
 
     def __post_init__(self) -> None:
-        identifier("NIXLBUS_WORKER_ID", self.worker_id)
+        checked_worker_id(self.worker_id, "NIXLBUS_WORKER_ID")
         Subjects(self.prefix)
+        if not is_usable(self.nats_url):
+            shown = "(not shown: it may hold a password)" if names_user(self.nats_url) else self.nats_url
+            raise ConfigError("NIXLBUS_NATS_URL", shown, "a URL such as nats://127.0.0.1:4222")
         for name in ("connect_timeout_s", "handshake_timeout_s", "operation_lease_s"):
             if not 0 < getattr(self, name) <= 86_400:
                 raise ConfigError(_VARIABLES[name], getattr(self, name), "a number of seconds above 0")
@@ -73,7 +88,7 @@ class BusConfig(msgspec.Struct, frozen=True, kw_only=True):
     @classmethod
     def from_env(cls, role: str, environ: Mapping[str, str] = os.environ, **overrides: Any) -> "BusConfig":
         """Read the environment for a worker of `role`; `overrides` that are not None win. Raises `ConfigError`."""
-        values: dict[str, Any] = {"worker_id": f"{role}-{secrets.token_hex(3)}"}
+        values: dict[str, Any] = {}
         for field, (variable, parse, expected) in _READERS.items():
             text = environ.get(variable, "")
             if not text:
@@ -83,7 +98,25 @@ class BusConfig(msgspec.Struct, frozen=True, kw_only=True):
             except ValueError:
                 raise ConfigError(variable, text, expected) from None
         values.update({name: value for name, value in overrides.items() if value is not None})
+        if "worker_id" not in values:
+            values["worker_id"] = _new_worker_id(environ.get("NIXLBUS_IDENTITY") or role, _has_credentials(values))
         return cls(**values)
+
+    def __repr__(self) -> str:
+        fields = {name: getattr(self, name) for name in self.__struct_fields__}
+        fields["nats_url"] = redacted(self.nats_url)
+        return f"BusConfig({', '.join(f'{name}={value!r}' for name, value in fields.items())})"
+
+
+def _has_credentials(values: Mapping[str, Any]) -> bool:
+    return bool(values.get("nats_nkey") or values.get("nats_creds") or names_user(values.get("nats_url", "")))
+
+
+def _new_worker_id(identity: str, has_credentials: bool) -> str:
+    """An identity of one instance (`encode.1`) is its worker's id; of a role, the id's first part."""
+    if "." in identity:
+        return identity
+    return f"{identity}{'.' if has_credentials else '-'}{secrets.token_hex(3)}"
 
 
 def _text(text: str) -> str:
@@ -105,8 +138,13 @@ def _switch(text: str) -> bool:
 
 
 _READERS: dict[str, tuple[str, Callable[[str], Any], str]] = {
-    "worker_id": ("NIXLBUS_WORKER_ID", _text, "an identifier"),
+    "worker_id": ("NIXLBUS_WORKER_ID", _text, "a worker id"),
     "nats_url": ("NIXLBUS_NATS_URL", _text, "a URL"),
+    "nats_creds": ("NIXLBUS_NATS_CREDS", _text, "a path"),
+    "nats_nkey": ("NIXLBUS_NATS_NKEY", _text, "a path"),
+    "nats_ca": ("NIXLBUS_NATS_CA", _text, "a path"),
+    "nats_cert": ("NIXLBUS_NATS_CERT", _text, "a path"),
+    "nats_key": ("NIXLBUS_NATS_KEY", _text, "a path"),
     "prefix": ("NIXLBUS_PREFIX", _text, "an identifier"),
     "connect_timeout_s": ("NIXLBUS_CONNECT_TIMEOUT_S", float, "a number of seconds"),
     "key_file": ("NIXLBUS_KEY_FILE", _text, "a path"),

@@ -109,8 +109,10 @@ class DataLane:
         await serve_peers(connection, worker_id, claims, ClaimRequest, self.grants.claim)
         await serve_peers(connection, worker_id, queries, OperationStatusRequest, self._answer_status)
         await connection.subscribe(subjects.acks(worker_id), self._on_ack)
-        await connection.subscribe(subjects.events(DRAINED_EVENT), typed(EpochDrained, self._on_drained))
-        await connection.subscribe(subjects.events(REAPED_EVENT), typed(ProcessReaped, self._on_reaped))
+        for drained in subjects.events(DRAINED_EVENT):
+            await connection.subscribe(drained, typed(EpochDrained, self._on_drained))
+        for reaped in subjects.events(REAPED_EVENT):
+            await connection.subscribe(reaped, typed(ProcessReaped, self._on_reaped))
 
     def stats(self) -> dict[str, int]:
         """Counters; see `Bus.stats`."""

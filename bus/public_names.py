@@ -14,11 +14,13 @@ from bus.control_plane.embedded_server import (
     ServerUnavailable,
     embedded_server,
     server_binary,
-    server_configuration,
 )
 from bus.control_plane.endpoint import EndpointConfig, Handler
+from bus.control_plane.permissions import RoleAccess, Roles, RolesFileError, load_roles, with_people
 from bus.control_plane.request_context import Middleware, RequestContext, current_request
 from bus.control_plane.retry import RetryPolicy
+from bus.control_plane.server_configuration import ServerSettings, TlsFiles, server_configuration
+from bus.control_plane.server_files import ServerFiles, UserFiles, write_server_files
 from bus.data_plane.agent import keep_stdout_clean
 from bus.data_plane.descriptor import Descriptor, Device, DeviceKind
 from bus.data_plane.memory import ArenaTensor, LocalMemory
@@ -138,13 +140,20 @@ __all__ = [
     "RequestContext",
     "RequestRefused",
     "RetryPolicy",
+    "RoleAccess",
+    "Roles",
+    "RolesFileError",
+    "ServerFiles",
+    "ServerSettings",
     "ServerUnavailable",
     "StaleGrant",
     "StreamCall",
+    "TlsFiles",
     "TransferCancelled",
     "TransferError",
     "TransferReport",
     "UnaryCall",
+    "UserFiles",
     "WritableOperation",
     "WriteOperation",
     "WrongLayout",
@@ -155,8 +164,11 @@ __all__ = [
     "fault_of",
     "identity_of",
     "keep_stdout_clean",
+    "load_roles",
     "probe_data_plane",
     "server_binary",
     "server_configuration",
+    "with_people",
     "write_key_file",
+    "write_server_files",
 ]

@@ -16,9 +16,9 @@ import nats
 TIMEOUT_S = 30.0
 
 
-async def ask(server: str, subject: str, prompt: str, image: bytes) -> None:
+async def ask(server: str, nkey: str | None, subject: str, prompt: str, image: bytes) -> None:
     """Publish the question and print the answer as it comes."""
-    client = await nats.connect(server)
+    client = await nats.connect(server, nkeys_seed=nkey, inbox_prefix="_INBOX.client")
     content: list[dict[str, str | bytes]] = [{"type": "text", "text": prompt}]
     if image:
         content.insert(0, {"type": "image", "image": image})
@@ -50,8 +50,9 @@ if __name__ == "__main__":
     arguments = argparse.ArgumentParser()
     arguments.add_argument("prompt")
     arguments.add_argument("--server", default="nats://127.0.0.1:4222")
+    arguments.add_argument("--nkey", help="the seed file of 'client', for a server that asks who is there")
     arguments.add_argument("--subject", default="nixlbus.v1.graph.vlm.generate")
     arguments.add_argument("--image", type=Path)
     given = arguments.parse_args()
     picture = given.image.read_bytes() if given.image else b""
-    asyncio.run(ask(given.server, given.subject, given.prompt, picture))
+    asyncio.run(ask(given.server, given.nkey, given.subject, given.prompt, picture))

@@ -18,7 +18,7 @@ from schemas.message import Message, Part
 Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Positive = Annotated[int, Meta(ge=1, le=2**63 - 1)]
 OperationId = Annotated[str, Meta(pattern=r"^[0-9a-f]{16,64}\Z")]
-WorkerId = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_-]{1,64}\Z")]
+WorkerId = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_-]{1,64}(\.[A-Za-z0-9_-]{1,64})?\Z")]
 Epoch = Annotated[str, Meta(max_length=64)]
 Token = Annotated[bytes, Meta(min_length=16, max_length=16)]
 Checksum = Annotated[bytes, Meta(min_length=16, max_length=16)]

@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from bus import Bus, BusConfig, BusError, ConfigError, KeyFileError
+from bus import Bus, BusConfig, BusError, ConfigError, KeyFileError, RolesFileError
 from observability import tracing
 from observability.logs import configure_logging
 from observability.receiver import ReceiverBindError
@@ -31,6 +31,7 @@ START_ERRORS = (
     InvalidIdentifier,
     KeyFileError,
     ReceiverBindError,
+    RolesFileError,
     UnsupportedModel,
     ImportError,
     OSError,

@@ -37,7 +37,7 @@ from schemas.protocol import (
     WINDOW_HEADER,
 )
 from schemas.stream import LastFrame, StreamEnd
-from schemas.subjects import Subject, Subjects
+from schemas.subjects import Subject, Subjects, may_be_answered
 
 M = TypeVar("M", bound=Message)
 
@@ -312,7 +312,7 @@ class _StreamCall:
 
     def grant_more(self, num_read: int) -> None:
         """Answer a sender that asks how many frames were read."""
-        if self._credit_subject and not self.is_over:
+        if not self.is_over and may_be_answered(self._credit_subject, self._subject):
             with suppress(BusError):
                 self._connection.publish_now(self._credit_subject, str(num_read).encode())
 

@@ -24,6 +24,7 @@ from nats.js import JetStreamContext
 
 from bus.control_plane.direct_client import DirectClient, header_block
 from bus.control_plane.direct_client import Msg as Msg
+from bus.control_plane.nats_url import redacted as redacted
 from bus.errors import BusError, ConnectionLost, ControlPlaneError, PayloadTooLarge, PermissionDenied
 from schemas.subjects import Subject
 
@@ -68,6 +69,7 @@ class Connection:
         self._subscriptions: set[Subscription] = set()
         self._listeners: list[LossListener] = []
         self._last_error = ""
+        self._denied_subscription = ""
         self._is_open = False
         self._rebuilding: asyncio.Task[None] | None = None
         self._stuck: asyncio.TimerHandle | None = None
@@ -77,7 +79,7 @@ class Connection:
     async def open(
         cls, url: str, name: str, timeout_s: float, *, options: Mapping[str, Any] | None = None
     ) -> "Connection":
-        """Connect, retrying for up to `timeout_s`; `options` are nats-py's, such as credentials.
+        """Connect, retrying for up to `timeout_s`; `options` are the credentials for nats-py's `connect`.
 
         Raises `ConnectionLost` that says what the last try met.
         """
@@ -207,10 +209,13 @@ class Connection:
         """Wait until a message from any other connection finds what was subscribed to so far.
 
         Two flushes: with nats-server 2.15, after one, a request from another connection met "no responders" in 2 to 7
-        of 100 tries; after two in none of 1,500.
+        of 100 tries; after two in none of 1,500. Raises `PermissionDenied` if the server denied one of them.
         """
         await self.flush(timeout_s)
         await self.flush(timeout_s)
+        denied, self._denied_subscription = self._denied_subscription, ""
+        if denied:  # the server's refusal came before its answer to the flush
+            raise PermissionDenied("the NATS server denied a subscription", subject=denied)
 
     def statistics(self) -> dict[str, int]:
         """Messages and bytes in and out, and reconnects, of the client of now; and how many clients were made anew."""
@@ -289,6 +294,8 @@ class Connection:
         denied = _DENIED.search(str(error))
         if denied:
             subject = denied.group(1)
+            if "for subscription to" in str(error).lower():
+                self._denied_subscription = subject
             self._tell(PermissionDenied("the NATS server denied the subject", subject=subject), subject)
         elif client.is_connected and self._is_open:
             _LOG.warning("NATS reports to %s: %s", self.name, error)
@@ -374,8 +381,3 @@ class Connection:
     def _tell(self, error: ControlPlaneError, subject: str) -> None:
         for listener in self._listeners:
             listener(error, subject)
-
-
-def redacted(url: str) -> str:
-    """The URL without user and password."""
-    return re.sub(r"//[^/@]*@", "//", url)

@@ -20,6 +20,7 @@ from nats import errors
 from nats.aio.client import Client
 
 from bus.control_plane.direct_parser import DirectParser
+from bus.control_plane.tls_client import TlsClient
 
 HEADER_LINE = b"NATS/1.0"
 _STATUS_CHARACTERS = 3
@@ -51,7 +52,7 @@ class Msg:
         return self._headers
 
 
-class DirectClient(Client):
+class DirectClient(TlsClient):
     """A connection to one server of a pool."""
 
     def __init__(self, on_broken: Callable[[str], None]) -> None:

@@ -17,6 +17,7 @@ from bus.control_plane.endpoint import Endpoint
 from bus.control_plane.inbox import Inbox
 from bus.deadline import Deadline
 from bus.errors import BusError, DeadlineExceeded, NoResponders
+from schemas.subjects import may_be_answered
 
 VERBS = ("PING", "INFO", "STATS")
 QUIET_S = 0.2
@@ -54,7 +55,8 @@ class Service:
         await asyncio.gather(*(self._connection.unsubscribe(subscription) for subscription in self._subscriptions))
 
     def _on_message(self, message: Msg) -> None:
-        if message.reply:
+        ours = self._endpoints[0].config.subject if self._endpoints else message.subject
+        if may_be_answered(message.reply, ours):
             verb = message.subject.split(".")[1]
             self._connection.publish_now(message.reply, msgspec.json.encode(self._answer(verb)))
 

@@ -18,8 +18,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-MAX_PAYLOAD_BYTES = 8 << 20
-"""Our configurations' max_payload: NATS's own advice for the upper end, and room for images in requests."""
+from bus.control_plane.server_configuration import server_configuration
+
 START_TIMEOUT_S = 10.0
 _PR_SET_PDEATHSIG = 1
 
@@ -35,6 +35,7 @@ class EmbeddedServer:
     url: str
     monitoring_url: str
     pid: int
+    log_file: str = ""
 
 
 def server_binary() -> str:
@@ -46,26 +47,16 @@ def server_binary() -> str:
     return found
 
 
-def server_configuration(
-    *, host: str = "127.0.0.1", port: int = 4222, store_dir: str = "", monitoring_port: int = 8222
-) -> str:
-    """The text of a nats-server configuration file: our max_payload, monitoring, and JetStream if `store_dir`."""
-    lines = [
-        f'listen: "{host}:{port}"',
-        f'http: "{host}:{monitoring_port}"',
-        f"max_payload: {MAX_PAYLOAD_BYTES}",
-        'write_deadline: "10s"',
-    ]
-    if store_dir:
-        lines.append(f'jetstream {{ store_dir: "{store_dir}" }}')
-    return "\n".join(lines) + "\n"
-
-
 @asynccontextmanager
-async def embedded_server(*, port: int = 0, binary: str = "") -> AsyncIterator[EmbeddedServer]:
-    """Run a nats-server on 127.0.0.1 for as long as the context lasts. Raises `ServerUnavailable`."""
+async def embedded_server(
+    *, port: int = 0, binary: str = "", configuration: Path | None = None
+) -> AsyncIterator[EmbeddedServer]:
+    """Run a nats-server on 127.0.0.1 for as long as the context lasts. Raises `ServerUnavailable`.
+
+    `configuration`: a file to run it with as it stands, ports and all, instead of one that takes anybody.
+    """
     with tempfile.TemporaryDirectory(prefix="nixlbus-nats-") as folder:
-        process = _spawn(binary or server_binary(), Path(folder), port)
+        process = _spawn(binary or server_binary(), Path(folder), configuration or _open_configuration(folder, port))
         try:
             yield await _started(process, Path(folder))
         finally:
@@ -77,11 +68,14 @@ async def embedded_server(*, port: int = 0, binary: str = "") -> AsyncIterator[E
                 await asyncio.to_thread(process.wait)
 
 
-def _spawn(binary: str, folder: Path, port: int) -> subprocess.Popen[bytes]:
-    config = folder / "nats-server.conf"
-    text = server_configuration(port=port or -1, monitoring_port=-1, store_dir=f"{folder}/jetstream")
-    config.write_text(f'{text}ports_file_dir: "{folder}"\nlogfile: "{folder}/log"\n')
-    command = [binary, "-c", str(config)]
+def _open_configuration(folder: str, port: int) -> Path:
+    path = Path(folder, "nats-server.conf")
+    path.write_text(server_configuration(port=port or -1, monitoring_port=-1, store_dir=f"{folder}/jetstream"))
+    return path
+
+
+def _spawn(binary: str, folder: Path, configuration: Path) -> subprocess.Popen[bytes]:
+    command = [binary, "-c", str(configuration), "--ports_file_dir", str(folder), "--log", str(folder / "log")]
     return subprocess.Popen(  # noqa: S603
         command,
         preexec_fn=_end_with_parent,
@@ -101,7 +95,7 @@ async def _started(process: subprocess.Popen[bytes], folder: Path) -> EmbeddedSe
     except TimeoutError:
         raise ServerUnavailable(f"nats-server was not ready within {START_TIMEOUT_S:g} s") from None
     ports = json.loads(ports_file.read_text())
-    return EmbeddedServer(ports["nats"][0], ports["monitoring"][0], process.pid)
+    return EmbeddedServer(ports["nats"][0], ports["monitoring"][0], process.pid, str(folder / "log"))
 
 
 def _complete(ports_file: Path) -> bool:

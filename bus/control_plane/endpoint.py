@@ -35,7 +35,7 @@ from schemas.protocol import (
     WrongProtocol,
     check_protocol,
 )
-from schemas.subjects import InvalidIdentifier, Subject
+from schemas.subjects import InvalidIdentifier, Subject, may_be_answered
 
 Handler = Callable[[Any], Awaitable[Message | None] | AsyncGenerator[Message, None]]
 MAX_TTL_S = 3600.0
@@ -152,8 +152,8 @@ class Endpoint:
         return True
 
     def _on_message(self, message: Msg) -> None:
-        if not message.reply and not self.config.one_way:
-            self._count_error("a request without a reply subject has nobody to answer")
+        if not (self.config.one_way or may_be_answered(message.reply, self.config.subject)):
+            self._count_error("a request without a reply subject, or with one of the bus's own, is not answered")
             return
         work = Work(message, self, encoding_of(message.data) if self.config.public else Encoding.MSGPACK)
         if self._draining:

@@ -13,7 +13,7 @@ from bus.control_plane.connection import Connection, Msg
 from bus.errors import BusError, fault_of
 from schemas.codec import MessageError, decode, encode
 from schemas.message import Message
-from schemas.subjects import Subject
+from schemas.subjects import Subject, may_be_answered
 
 M = TypeVar("M", bound=Message)
 
@@ -36,7 +36,7 @@ async def serve_peers(
             return fault_of(error, worker_id=worker_id)
 
     def on_message(message: Msg) -> None:
-        if message.reply:
+        if may_be_answered(message.reply, subject):
             connection.publish_now(message.reply, encode(reply_to(message)))
 
     await connection.subscribe(subject, on_message)

@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import yaml  # type: ignore[import-untyped]
 
+from bus.control_plane.server_files import NKEY_FILE, SHARED_KEY_FILE
 from schemas.traces import TRACE_STORE_ID
 from workers.roles import GRAPH_ROLES
+from workers.roles.access import vlm_roles
 from workers.worker import DRAIN_TIMEOUT_S
 
 ROOT = Path(__file__).parent.parent.parent
@@ -93,8 +95,8 @@ def test_every_image_is_pinned_and_ours_is_built_here(name: str) -> None:
 @pytest.mark.parametrize("role", GRAPH_ROLES)
 def test_a_role_waits_for_nats_and_is_checked_in_discovery_under_its_own_name(role: str) -> None:
     service = services()[role]
-    assert service["environment"]["ROLE"] == role
-    name = '--id "$$ROLE-$$(hostname)"'
+    assert service["environment"]["NIXLBUS_IDENTITY"] == role
+    name = '--id "$$NIXLBUS_IDENTITY.$$(hostname)"'
     assert name in service["command"][-1]
     assert service["healthcheck"]["test"] == ["CMD-SHELL", f"nixlbus ps {name}"]
     assert service["depends_on"] == {
@@ -110,11 +112,26 @@ def test_a_role_has_longer_than_its_drain_to_end(role: str) -> None:
 
 
 @pytest.mark.parametrize("role", GRAPH_ROLES)
-def test_a_role_sends_its_spans_to_jaeger_and_reads_the_key(role: str) -> None:
+def test_a_role_sends_its_spans_to_jaeger_and_reads_its_own_keys_and_no_other(role: str) -> None:
     environment = services()[role]["environment"]
     assert environment["OTEL_EXPORTER_OTLP_ENDPOINT"] == "http://jaeger:4317"
-    assert environment["NIXLBUS_KEY_FILE"] == "/etc/nixlbus/nixlbus.key"
-    assert services()[role]["volumes"] == ["bus-config:/etc/nixlbus:ro"]
+    assert environment["NIXLBUS_NATS_NKEY"] == f"/etc/nixlbus/{NKEY_FILE}"
+    shared = f"/etc/nixlbus/{SHARED_KEY_FILE}" if vlm_roles().moves_tensors(role) else None
+    assert environment.get("NIXLBUS_KEY_FILE") == shared
+    assert services()[role]["volumes"] == [f"{role}-keys:/etc/nixlbus:ro"]
+
+
+def test_init_writes_each_role_s_keys_into_the_volume_that_the_role_mounts() -> None:
+    mounted = dict(reversed(volume.split(":")) for volume in services()["init"]["volumes"])
+    roles = [*GRAPH_ROLES, "traces"]
+    assert mounted == {
+        "/etc/nixlbus": "credentials",
+        "/etc/nixlbus/server": "nats-config",
+        **{f"/etc/nixlbus/{role}": f"{role}-keys" for role in roles},
+    }
+    folders = (ROOT / "Dockerfile").read_text()
+    assert f"-m 0700 {' '.join(roles)} " in folders
+    assert set(vlm_roles().roles) == {*roles, "client", "operator", "observer"}
 
 
 @pytest.mark.parametrize("service", ["init", "nats", *GRAPH_ROLES])
@@ -127,12 +144,14 @@ def test_a_container_has_no_capability_and_no_writable_root(service: str) -> Non
 
 def test_init_alone_writes_the_configuration_and_nats_keeps_its_streams() -> None:
     mounts = {service: definition.get("volumes", []) for service, definition in services().items()}
-    assert [service for service, volumes in mounts.items() if "bus-config:/etc/nixlbus" in volumes] == ["init"]
-    assert "nats-data:/data" in mounts["nats"]
+    writers = [s for s, volumes in mounts.items() for v in volumes if not v.endswith(":ro") and "/etc/nixlbus" in v]
+    assert set(writers) == {"init"}
+    assert mounts["nats"] == ["nats-config:/etc/nixlbus:ro", "nats-data:/data"]
     command = services()["init"]["command"]
     assert command[command.index("--store-dir") + 1] == "/data"
     assert services()["nats"]["entrypoint"][-1] == "/etc/nixlbus/nats-server.conf"
-    assert set(composed("docker-compose.yml")["volumes"]) == {"bus-config", "nats-data"}
+    used = {volume.split(":")[0] for volumes in mounts.values() for volume in volumes}
+    assert set(composed("docker-compose.yml")["volumes"]) == used
 
 
 def test_the_receiver_takes_jaeger_s_place() -> None:
@@ -141,6 +160,8 @@ def test_the_receiver_takes_jaeger_s_place() -> None:
     assert definition["image"] == "nixlbus:local"
     assert definition["command"] == ["nixlbus", "worker", "traces"]
     assert definition["environment"]["NIXLBUS_OTLP_HOST"] == "0.0.0.0"
+    assert definition["environment"]["NIXLBUS_IDENTITY"] == "traces"
+    assert definition["volumes"] == ["traces-keys:/etc/nixlbus:ro"]
     assert definition["healthcheck"]["test"] == ["CMD", "nixlbus", "ps", "--id", TRACE_STORE_ID]
     assert seconds(definition["stop_grace_period"]) >= 2 * DRAIN_TIMEOUT_S
 

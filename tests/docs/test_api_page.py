@@ -85,7 +85,10 @@ async def test_the_table_of_variables_is_all_of_them_with_their_defaults() -> No
         if default.startswith("`"):
             said = BusConfig.from_env("role", {variable.strip("`"): default.strip("`")})
             assert getattr(said, field.strip("`")) == getattr(BusConfig(worker_id="w"), field.strip("`")), variable
-    assert {row[1] for row in rows if not row[2].startswith("`")} == {"`worker_id`", "`key_file`"}
+    assert {row[1] for row in rows if not row[2].startswith("`")} == {
+        *("`worker_id`", "`key_file`"),
+        *("`nats_creds`", "`nats_nkey`", "`nats_ca`", "`nats_cert`", "`nats_key`"),
+    }
 
 
 async def test_every_name_of_ours_on_the_page_exists() -> None:

@@ -1,6 +1,7 @@
 """The page for newcomers, followed to the letter: from the built wheel, in an empty folder and an empty environment."""
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -49,9 +50,12 @@ def test_a_newcomer_comes_to_a_running_pipeline(
         "NIXLBUS_NATS_URL": f"nats://127.0.0.1:{unused_tcp_port_factory()}",
         "NIXLBUS_OTLP_PORT": str(unused_tcp_port_factory()),
     }
-    follow(PAGE.read_text(), folder, environment, timeout_s=600)
-    (installed,) = folder.glob(".venv/lib/python*/site-packages/workers/worker.py")
-    assert installed.read_bytes() == (ROOT / "workers" / "worker.py").read_bytes()
+    try:
+        follow(PAGE.read_text(), folder, environment, timeout_s=600)
+        (installed,) = folder.glob(".venv/lib/python*/site-packages/workers/worker.py")
+        assert installed.read_bytes() == (ROOT / "workers" / "worker.py").read_bytes()
+    finally:
+        shutil.rmtree(folder)  # a gigabyte, which pytest would keep
 
 
 def test_what_may_differ_from_the_page_is_numbers_ids_and_bars() -> None:

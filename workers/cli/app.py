@@ -183,15 +183,41 @@ def doctor(nats: NatsUrl = None, as_json: AsJson = False) -> None:
 
 @app.command("nats-conf")
 def nats_conf(
-    out: Annotated[Path, typer.Option("--out", help="Folder for nats-server.conf and nixlbus.key.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder for the configuration and a folder of keys per user.")],
+    roles: Annotated[
+        Path | None, typer.Option("--roles", help="TOML file of roles. [default: those of the vlm graph]")
+    ] = None,
+    keys_per_instance: Annotated[
+        list[str] | None,
+        typer.Option("--keys-per-instance", help="role=N: N keys, for workers role.1 to role.N; may be repeated."),
+    ] = None,
     host: Annotated[str, typer.Option("--host", help="Address that the server listens on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", help="Port that the server listens on.")] = 4222,
+    monitoring_port: Annotated[int, typer.Option("--monitoring-port", help="Port of its monitoring.")] = 8222,
     store_dir: Annotated[str, typer.Option("--store-dir", help="JetStream's folder on the server.")] = "/data",
+    longest_request_s: Annotated[
+        int, typer.Option("--longest-request", min=1, max=86_400, help="Seconds until which an answer may be sent.")
+    ] = 3600,
+    tls_cert: Annotated[str | None, typer.Option("--tls-cert", help="The server's certificate, a path there.")] = None,
+    tls_key: Annotated[str | None, typer.Option("--tls-key", help="Its private key, a path on the server.")] = None,
+    tls_ca: Annotated[
+        str | None, typer.Option("--tls-ca", help="Demand clients' certificates of this authority; a path there.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write a nats-server configuration and the workers' shared key."""
+    """Write a nats-server configuration with a user for each role, and their keys."""
+    from bus import ServerSettings
     from workers.cli import nats_conf as command
 
-    _run(command.run(out, host, store_dir, as_json), as_json)
+    server = ServerSettings(
+        host=host,
+        port=port,
+        monitoring_port=monitoring_port,
+        store_dir=store_dir,
+        longest_request_s=longest_request_s,
+    )
+    tls = (tls_cert, tls_key, tls_ca)
+    _run(command.run(out, roles, keys_per_instance or [], server, tls, as_json), as_json)
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ import msgspec
 from rich.table import Table
 
 from bus import BusError, ServerUnavailable, probe_data_plane, server_binary
-from workers.cli.client import open_client
+from workers.cli.client import OPERATOR, open_client
 from workers.cli.output import Output
 
 PACKAGES = ("nixlbus", "nixl", "torch", "transformers", "nats-py", "msgspec", "msgpack", "opentelemetry-sdk", "uvloop")
@@ -128,7 +128,7 @@ def _http() -> list[Check]:
 
 async def _nats(nats: str | None) -> Check:
     try:
-        async with open_client("doctor", nats) as bus:
+        async with open_client(OPERATOR, nats) as bus:
             services = await bus.services(timeout_s=1.0)
     except BusError as error:
         return Check("nats", False, error.what, "no bus yet; 'nixlbus up' starts one")

@@ -18,8 +18,8 @@ from schemas.performance import (
     PerformanceReport,
     PerformanceRequest,
 )
-from schemas.subjects import identifier
-from workers.cli.client import open_client
+from schemas.subjects import checked_worker_id
+from workers.cli.client import OPERATOR, open_client
 from workers.cli.output import Output
 
 DIRECTIONS: dict[str, Direction] = {"write": "write", "read": "read"}
@@ -41,7 +41,7 @@ async def run(
     """Measure and print; returns the exit status."""
     output = Output(as_json)
     initiator, target = workers
-    identifier("worker id", target)
+    checked_worker_id(target)
     if direction not in DIRECTIONS:
         raise typer.BadParameter(f"{direction!r} is neither write nor read")
     request = PerformanceRequest(
@@ -51,7 +51,7 @@ async def run(
         repetitions=repetitions,
         time_limit_ms=round(time_limit_s * 1000),
     )
-    async with open_client("perf", nats) as bus:
+    async with open_client(OPERATOR, nats) as bus:
         subject = bus.subjects.worker(initiator, PERFORMANCE_ENDPOINT)
         try:
             report = await bus.request(subject, request, PerformanceReport, timeout_s=time_limit_s + GRACE_S)

@@ -7,14 +7,14 @@ from typing import Any
 
 from rich.table import Table
 
-from workers.cli.client import open_client
+from workers.cli.client import OPERATOR, open_client
 from workers.cli.output import Output
 
 
 async def run(nats: str | None, worker_id: str | None, as_json: bool) -> int:
     """List them; returns the exit status, 1 if `worker_id` is given and not among them."""
     output = Output(as_json)
-    async with open_client("ps", nats) as bus:
+    async with open_client(OPERATOR, nats) as bus:
         services = [service for service in await bus.services() if worker_id in (None, service["id"])]
     output.result({"workers": services})
     if worker_id and not services:

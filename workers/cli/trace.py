@@ -6,7 +6,7 @@ from bus import NoResponders
 from observability.span_record import SpanRecord
 from observability.waterfall import render_waterfall
 from schemas.traces import TRACE_STORE_ID, TraceReply, TraceRequest
-from workers.cli.client import open_client
+from workers.cli.client import OPERATOR, open_client
 from workers.cli.output import Output
 
 TIMEOUT_S = 10.0
@@ -16,7 +16,7 @@ TIMEOUT_S = 10.0
 async def run(trace_id: str, nats: str | None, as_json: bool) -> int:
     """Fetch the trace and draw it; returns the exit status."""
     output = Output(as_json)
-    async with open_client("trace", nats) as bus:
+    async with open_client(OPERATOR, nats) as bus:
         subject = bus.subjects.worker(TRACE_STORE_ID, "trace")
         try:
             reply = await bus.request(subject, TraceRequest(trace_id=trace_id), TraceReply, timeout_s=TIMEOUT_S)

@@ -1,11 +1,7 @@
 import json
-import os
-import stat
-from pathlib import Path
 
 import pytest
 
-from bus.handshake.authentication import KeyRing
 from tests.graph_fixture import SAMPLES, RunningGraph, json_of, run_cli
 from workers.roles import GRAPH_ROLES
 
@@ -71,15 +67,6 @@ def test_doctor_fails_where_nixl_can_not_move_a_byte(graph: RunningGraph) -> Non
     finished = run_cli("doctor", "--nats", graph.nats_url, "--json", UCX_TLS="nothing")
     assert finished.returncode == 1
     assert "nixl transfer" in json_of(finished)["missing"]
-
-
-def test_nats_conf_writes_a_key_for_the_owner_alone_and_keeps_it(tmp_path: Path) -> None:
-    first = json_of(run_cli("nats-conf", "--out", str(tmp_path / "out"), "--json"))
-    assert stat.S_IMODE(os.stat(first["key"]).st_mode) == 0o600
-    keys = KeyRing.load(first["key"]).keys
-    run_cli("nats-conf", "--out", str(tmp_path / "out"))
-    assert KeyRing.load(first["key"]).keys == keys
-    assert "max_payload" in Path(first["configuration"]).read_text()
 
 
 def test_a_worker_that_needs_a_key_says_how_to_make_one(graph: RunningGraph) -> None:
