@@ -14,6 +14,10 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 PRINTED = {
     "plain_service.py": "128 x 72\ninvalid_image: this is no picture; send PNG, JPEG or WebP\n",
     "tensor_pipeline.py": "".join(f"frame {n}: 307200 bytes, a spot at ({10 * n}, {20 * n})\n" for n in range(3)),
+    "durable_job.py": (
+        "submitted twice, stored once: True\n"
+        "film-f: first.mov, delivery 1\nfilm-s: second.mov, delivery 2\nfilm-a: dead, unsupported\n"
+    ),
     "token_stream.py": (
         "Once upon a time there was (6 tokens) \nthe reader left after 3 frames, and the storyteller stopped\n"
     ),
