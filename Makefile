@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet -c constraints.txt
 
-.PHONY: demo test test-full check lint format bench eval clean
+.PHONY: demo test test-full check lint format bench bench-peers eval clean
 
 demo: $(VENV)/.run-ready  ## one request through a graph of five processes, with its trace
 	$(BIN)/nixlbus demo
@@ -27,14 +27,19 @@ format: $(VENV)/.dev-ready
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(VENV)/.dev-ready  ## paired operations against raw NATS and raw NIXL, in one run
+bench: $(VENV)/.dev-ready  ## paired operations and requests against raw NIXL and raw NATS, each in one run
 	$(BIN)/python -m benchmarks.operations --quick --json results/operations.json
+	$(BIN)/python -m benchmarks.bus --quick --json results/bus.json
+
+bench-peers: $(VENV)/.dev-ready $(VENV)-dynamo/.ready $(VENV)-faststream/.ready  ## and nixl_connect, FastStream; longer
+	$(BIN)/python -m benchmarks.operations --peers --json results/operations.json
+	$(BIN)/python -m benchmarks.bus --peers --json results/bus.json
 
 eval: $(VENV)/.dev-ready  ## the 360 held-out digits, through the graph
 	$(BIN)/python -m benchmarks.accuracy
 
 clean:
-	rm -rf $(VENV) $(VENV)-dynamo build dist results *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(VENV)-dynamo $(VENV)-faststream build dist results *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
 $(VENV)/.run-ready: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(INSTALL) -e '.[embedded,http]'
@@ -47,6 +52,11 @@ $(VENV)/.dev-ready: pyproject.toml constraints.txt | $(VENV)/bin/python
 $(VENV)-dynamo/.ready: tests/bus/interop/requirements.txt  # NVIDIA's library, apart: its pins don't bind ours
 	$(PYTHON) -m venv $(VENV)-dynamo
 	PIP_DISABLE_PIP_VERSION_CHECK=1 $(VENV)-dynamo/bin/python -m pip install --quiet -r $<
+	touch $@
+
+$(VENV)-faststream/.ready: benchmarks/requirements-faststream.txt  # what benchmarks.bus is held against
+	$(PYTHON) -m venv $(VENV)-faststream
+	PIP_DISABLE_PIP_VERSION_CHECK=1 $(VENV)-faststream/bin/python -m pip install --quiet -r $<
 	touch $@
 
 $(VENV)/bin/python:

@@ -1,8 +1,8 @@
-"""The tables and the plot of docs/performance.md, from the JSON of a run.
+"""The tables and the plot of docs/performance.md, from the JSON of runs.
 
-    python -m benchmarks.performance_page results/operations.json
+    python -m benchmarks.performance_page results/operations.json results/bus.json
 
-Everything between the page's two marks is written anew; what stands around them is by hand.
+Everything between the two marks of a benchmark is written anew; what stands around them is by hand.
 """
 
 import argparse
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 DOCS = Path(__file__).parent.parent / "docs"
-BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
+BEGIN, END = "<!-- {benchmark}: begin -->", "<!-- {benchmark}: end -->"
 SYSTEMS = {
     "raw_nats": ("request", "raw NATS request-reply"),
     "raw_nixl": ("write", "raw NIXL"),
@@ -55,37 +55,55 @@ def tables(run: dict[str, Any]) -> str:
     lines = [
         f"Measured {run['date'][:10]} on {machine['cores']} cores ({machine['machine']}); {versions}.",
         "",
-        "| check | value | limit | |",
-        "|---|---|---|---|",
+        "| check | value | middle half of the rounds | limit | |",
+        "|---|---|---|---|---|",
     ]
     for check in run["checks"]:
         sign = "≤" if check["better"] == "lower" else "≥"
         met = "met" if check["ok"] else "**missed**"
-        lines.append(f"| {check['name']} | {check['value']:.3g} | {sign} {check['limit']} | {met} |")
-    lines += [
-        "",
-        "| case | bytes | at once | system | p50 µs | p99 µs | per s | GB/s |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for row in run["rows"]:
-        gigabytes = "" if row["case"] == "request" else f"{row['bytes_per_s'] / 1e9:.2f}"
-        lines.append(
-            f"| {row['case']} | {row['size_bytes']:,} | {row['concurrency']} | {row['system']} | {row['p50_us']:,.0f} "
-            f"| {row['p99_us']:,.0f} | {row['per_s']:,.0f} | {gigabytes} |"
-        )
+        spread = " to ".join(f"{value:.3g}" for value in check.get("spread", ()))
+        lines.append(f"| {check['name']} | {check['value']:.3g} | {spread} | {sign} {check['limit']} | {met} |")
+    heading, row_of = ROWS[run["benchmark"]]
+    columns = heading.count("|") - 1
+    lines += ["", heading, "|---" * columns + "|", *(row_of(row) for row in run["rows"])]
     return "\n".join(lines)
+
+
+def _operation(row: dict[str, Any]) -> str:
+    gigabytes = "" if row["case"] == "request" else f"{row['bytes_per_s'] / 1e9:.2f}"
+    return (
+        f"| {row['case']} | {row['size_bytes']:,} | {row['concurrency']} | {row['system']} | {row['p50_us']:,.0f} "
+        f"| {row['p99_us']:,.0f} | {row['per_s']:,.0f} | {gigabytes} |"
+    )
+
+
+def _request(row: dict[str, Any]) -> str:
+    return (
+        f"| {row['case']} | {row['concurrency']} | {row['system']} | {row['p50_us']:,.0f} | {row['p99_us']:,.0f} "
+        f"| {row['per_s']:,.0f} | {row['cpu_us_client']:,.0f} | {row['cpu_us_responder']:,.0f} |"
+    )
+
+
+ROWS = {
+    "operations": ("| case | bytes | at once | system | p50 µs | p99 µs | per s | GB/s |", _operation),
+    "bus": ("| case | at once | system | p50 µs | p99 µs | per s | client CPU µs | responder CPU µs |", _request),
+}
+"""By benchmark: the heading of its rows, and one of them."""
 
 
 def main() -> None:
     """Write the plot and the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("json", type=Path)
-    run = json.loads(parser.parse_args().json.read_text())
-    plot(run["rows"], DOCS / "performance.svg")
+    parser.add_argument("json", type=Path, nargs="+")
     page = DOCS / "performance.md"
-    before, _, rest = page.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
-    page.write_text(f"{before}{BEGIN}\n\n{tables(run)}\n\n{END}{after}")
+    for path in parser.parse_args().json:
+        run = json.loads(path.read_text())
+        if run["benchmark"] == "operations":
+            plot(run["rows"], DOCS / "performance.svg")
+        begin, end = (mark.format(benchmark=run["benchmark"]) for mark in (BEGIN, END))
+        before, _, rest = page.read_text().partition(begin)
+        _, _, after = rest.partition(end)
+        page.write_text(f"{before}{begin}\n\n{tables(run)}\n\n{end}{after}")
 
 
 if __name__ == "__main__":

@@ -16,16 +16,23 @@ PACKAGES = ("nixl", "nats-py", "torch", "msgspec", "uvloop")
 class Report:
     """Rows and checks of one run."""
 
-    def __init__(self, benchmark: str) -> None:
+    def __init__(self, benchmark: str, packages: Sequence[str] = PACKAGES) -> None:
         self.benchmark = benchmark
         self.rows: list[dict[str, Any]] = []
         self.checks: list[dict[str, Any]] = []
-        self.versions = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+        self.versions = {"python": platform.python_version(), **{name: version(name) for name in packages}}
 
     def row(
-        self, case: str, system: str, size_bytes: int, concurrency: int, seconds: Sequence[float], wall_s: float
+        self,
+        case: str,
+        system: str,
+        size_bytes: int,
+        concurrency: int,
+        seconds: Sequence[float],
+        wall_s: float,
+        **more: float,
     ) -> None:
-        """Enter the durations of single operations, and of all of them together."""
+        """Enter the durations of single operations, and of all of them together; and further columns."""
         ordered = sorted(seconds)
         self.rows.append(
             {
@@ -37,6 +44,7 @@ class Report:
                 "p99_us": round(ordered[min(len(ordered) - 1, int(len(ordered) * 0.99))] * 1e6, 1),
                 "per_s": round(len(ordered) / wall_s, 1),
                 "bytes_per_s": round(size_bytes * len(ordered) / wall_s),
+                **more,
             }
         )
 
@@ -57,10 +65,13 @@ class Report:
                 return float(row[column])
         raise KeyError((case, system, size_bytes, concurrency))
 
-    def check(self, name: str, value: float, limit: float, better: str = "lower") -> None:
-        """Hold a ratio against its limit; `better` is "lower" or "higher"."""
+    def check(
+        self, name: str, value: float, limit: float, better: str = "lower", *, spread: tuple[float, float] | None = None
+    ) -> None:
+        """Hold a value against its limit; `better` is "lower" or "higher", `spread` the quartiles of a median."""
         met = value <= limit if better == "lower" else value >= limit
-        self.checks.append({"name": name, "value": round(value, 3), "limit": limit, "better": better, "ok": met})
+        check = {"name": name, "value": round(value, 3), "limit": limit, "better": better, "ok": met}
+        self.checks.append(check | ({"spread": [round(each, 3) for each in spread]} if spread else {}))
 
     def write(self, path: Path) -> None:
         """Write the JSON."""

@@ -29,6 +29,12 @@ from bus.deadline import Deadline
 from bus.errors import AuthenticationError, BusError, LocalProtocolError, RemoteFault
 from bus.handshake import exchange, statements
 from bus.handshake.authentication import KeyRing
+from bus.jobs.consumer import JobConsumer
+from bus.jobs.dead_letters import DeadLetters
+from bus.jobs.durable_work import DurableWork
+from bus.jobs.media import MediaStore
+from bus.jobs.queue import JobQueueConfig, JobReceipt
+from bus.jobs.settlement import JobHandler
 from bus.operations import dynamo
 from bus.operations.claim import Claim, PendingClaim, claim
 from bus.operations.grants import GrantTerms
@@ -77,6 +83,7 @@ class Bus:
         self._connection = connection
         self._inbox = Inbox(connection)
         self._caller = Caller(connection, self._inbox, self.subjects)
+        self._durable = DurableWork(connection, self._inbox, config, self.subjects, self.epoch)
         self._endpoints: list[Endpoint] = []
         self._hears_cancellations = False
         self._is_draining = False
@@ -313,6 +320,46 @@ class Bus:
         await self._connection.confirm_subscriptions(self.config.connect_timeout_s)
         self._endpoints.append(endpoint)
 
+    async def work(self, config: JobQueueConfig, handler: JobHandler) -> JobConsumer:
+        """Work on a queue of durable jobs until the bus closes: `handler` takes a message, and its return is the ack.
+
+        The stream and the consumer are made where they are missing. A handler that raises has its job delivered again
+        after a pause, `config.max_deliver` times; then, or at once for a fault that would come again (bad input), it
+        is a dead letter. Raises `DurableWorkUnavailable`, `PermissionDenied`, `ConnectionLost`.
+        """
+        return await self._durable.work(config, handler)
+
+    async def submit(
+        self,
+        queue: JobQueueConfig | Subject,
+        message: Message,
+        *,
+        job_id: str = "",
+        ttl_s: float | None = None,
+        timeout_s: float = 5.0,
+    ) -> JobReceipt:
+        """Store a durable job; when this returns, it will be done or be a dead letter, whoever dies.
+
+        `queue`: its declaration, or `bus.subjects.job(graph, queue)`. `job_id`: the same job submitted again is not
+        stored again (for two minutes) and not run again (for a day); random if empty. `ttl_s`: how long it makes sense,
+        counted from now; then it is a dead letter. `timeout_s`: for the server's confirmation. After an error of the
+        connection it may have been stored: submit it again, with its `job_id`.
+
+        Raises `LocalProtocolError`, `PayloadTooLarge`, `DurableWorkUnavailable`, `PermissionDenied`, `ConnectionLost`,
+        `DeadlineExceeded`.
+        """
+        return await self._durable.submit(queue, message, job_id=job_id, ttl_s=ttl_s, timeout_s=timeout_s)
+
+    @property
+    def dead_letters(self) -> DeadLetters:
+        """Jobs that were given up: list, show, replay, drop."""
+        return self._durable.dead_letters
+
+    @property
+    def media(self) -> MediaStore:
+        """The object store for what is over max_payload: `put` returns a reference to send, `get` takes one."""
+        return self._durable.media
+
     async def announce(self, name: str, version: str, metadata: dict[str, str]) -> None:
         """Appear in service discovery with the endpoints served so far, and be certain that NATS knows them."""
         identity = ServiceIdentity(
@@ -321,7 +368,7 @@ class Bus:
             version=version,
             metadata={"nixlbus": version, "epoch": self.epoch, **metadata},
         )
-        shown = [e for e in self._endpoints if e.config.traced and not e.config.one_way]
+        shown = [endpoint for endpoint in self._endpoints if endpoint.config.traced]
         self._service = Service(self._connection, identity, shown)
         await self._service.open()
         await self._connection.confirm_subscriptions(self.config.connect_timeout_s)
@@ -337,7 +384,7 @@ class Bus:
             await self._service.close()
             self._service = None
         serving = [endpoint for endpoint in self._endpoints if endpoint.config.traced]
-        await asyncio.gather(*(endpoint.drain(timeout_s) for endpoint in serving))
+        await asyncio.gather(self._durable.drain(timeout_s), *(endpoint.drain(timeout_s) for endpoint in serving))
         self._endpoints = [endpoint for endpoint in self._endpoints if not endpoint.config.traced]
 
     @property
@@ -523,7 +570,7 @@ class Bus:
 
     def stats(self) -> dict[str, int]:
         """Counters of this worker: requests in flight, registrations, grants, transfers."""
-        counters = {"requests_in_flight": self._inbox.num_waiters}
+        counters = {"requests_in_flight": self._inbox.num_waiters, "jobs_in_flight": self._durable.num_active}
         counters |= {f"nats_{name}": value for name, value in self._connection.statistics().items()}
         return counters | (self._data_plane.stats() if self._data_plane else {})
 

@@ -66,6 +66,10 @@ class BusConfig(msgspec.Struct, frozen=True, kw_only=True):
     """NIXLBUS_QUARANTINE_OPERATIONS: the same, in operations."""
     checksum: bool = False
     """NIXLBUS_CHECKSUM: whether operations prove their bytes where their caller doesn't say; two passes over them."""
+    stream_replicas: int = 1
+    """NIXLBUS_STREAM_REPLICAS: copies of what JetStream keeps for us, of what we create; 3 in a cluster."""
+    media_ttl_s: float = 86_400.0
+    """NIXLBUS_MEDIA_TTL_S: how long the object store keeps large messages, where we create it."""
 
     def __post_init__(self) -> None:
         checked_worker_id(self.worker_id, "NIXLBUS_WORKER_ID")
@@ -82,6 +86,10 @@ class BusConfig(msgspec.Struct, frozen=True, kw_only=True):
         for name in ("max_foreign_registrations", "quarantine_operations"):
             if getattr(self, name) < 1:
                 raise ConfigError(_VARIABLES[name], getattr(self, name), "a number above 0")
+        if not 1 <= self.stream_replicas <= 5:
+            raise ConfigError(_VARIABLES["stream_replicas"], self.stream_replicas, "a number from 1 to 5")
+        if not 1 <= self.media_ttl_s <= 366 * 86_400:
+            raise ConfigError(_VARIABLES["media_ttl_s"], self.media_ttl_s, "a number of seconds, 1 to a year")
         if self.quarantine_bytes < 0:
             raise ConfigError(_VARIABLES["quarantine_bytes"], self.quarantine_bytes, "a number of mebibytes")
 
@@ -157,5 +165,7 @@ _READERS: dict[str, tuple[str, Callable[[str], Any], str]] = {
     "quarantine_bytes": ("NIXLBUS_QUARANTINE_MB", _mebibytes, "a number of mebibytes"),
     "quarantine_operations": ("NIXLBUS_QUARANTINE_OPERATIONS", int, "a number"),
     "checksum": ("NIXLBUS_CHECKSUM", _switch, "0 or 1"),
+    "stream_replicas": ("NIXLBUS_STREAM_REPLICAS", int, "a number"),
+    "media_ttl_s": ("NIXLBUS_MEDIA_TTL_S", float, "a number of seconds"),
 }
 _VARIABLES = {field: variable for field, (variable, _, _) in _READERS.items()}

@@ -143,7 +143,8 @@ class PayloadTooLarge(ControlPlaneError):
 
     code = FaultCode.PAYLOAD_TOO_LARGE
     default_remedy = (
-        "send tensors over the data plane, a smaller image, or raise max_payload in the NATS server's configuration"
+        "send a URL, put it into the object store (bus.media.put) and send its reference, send tensors over the data "
+        "plane, or raise max_payload in the NATS server's configuration"
     )
 
 
@@ -190,6 +191,41 @@ class PermissionDenied(ControlPlaneError):
 
     code = FaultCode.PERMISSION_DENIED
     default_remedy = "grant the subject to this user in the NATS server's configuration"
+
+
+class DurableWorkUnavailable(ControlPlaneError):
+    """JetStream can't take or give durable work now: it is off, out of space, or set up in another way."""
+
+    code = FaultCode.DURABLE_WORK_UNAVAILABLE
+    default_remedy = "see the NATS server's JetStream: 'nats account info', 'nats stream ls'"
+
+
+class JobTakenOver(ControlPlaneError):
+    """A later delivery of this job has its claim: what this one still does is done twice."""
+
+    code = FaultCode.CANCELLED
+    default_remedy = "stop without further effects; the other worker finishes the job"
+
+
+class DeadLetterNotFound(ControlPlaneError):
+    """No dead letter has this number: it was replayed or dropped, or it is older than the stream keeps."""
+
+    code = FaultCode.NOT_FOUND
+    default_remedy = "list them with 'nixlbus dlq ls'"
+
+
+class MediaNotFound(ControlPlaneError):
+    """The object store has nothing under a reference."""
+
+    code = FaultCode.NOT_FOUND
+    default_remedy = "put it again: objects are kept for NIXLBUS_MEDIA_TTL_S"
+
+
+class MediaMismatch(ControlPlaneError):
+    """What the object store has is not what the reference says; the bytes are not to be used."""
+
+    code = FaultCode.PROTOCOL_VIOLATION
+    default_remedy = "put it again under a name of its own"
 
 
 class DataPlaneError(BusError):

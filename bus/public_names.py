@@ -6,6 +6,7 @@ nixl and torch are imported when a bus opens its data plane, so that this works 
 
 from bus.blocks.pool import BlockLayout, BlockPool, KvBlocks
 from bus.bus import Bus
+from bus.channels import bus_channels
 from bus.config import BusConfig, ConfigError
 from bus.control_plane.call import CallMeter
 from bus.control_plane.declaration import Place, StreamCall, UnaryCall
@@ -35,15 +36,20 @@ from bus.errors import (
     ConnectionLost,
     ControlPlaneError,
     DataPlaneError,
+    DeadLetterNotFound,
     DeadlineExceeded,
     Declined,
     Draining,
+    DurableWorkUnavailable,
     ForeignGrant,
     IncompatiblePeer,
     IncompleteOperation,
     InvalidDescriptor,
+    JobTakenOver,
     LeaseExpired,
     LocalProtocolError,
+    MediaMismatch,
+    MediaNotFound,
     NoResponders,
     NotContiguous,
     Overloaded,
@@ -65,10 +71,18 @@ from bus.errors import (
 )
 from bus.handshake.authentication import KeyFileError, write_key_file
 from bus.handshake.process_identity import identity_of
+from bus.jobs.consumer import JobConsumer
+from bus.jobs.current import CurrentJob, current_job
+from bus.jobs.dead_letters import DeadLetter, DeadLetters
+from bus.jobs.media import MediaStore
+from bus.jobs.queue import JobQueueConfig, JobReceipt
+from bus.jobs.settlement import JobHandler
+from bus.jobs.verdict import JobExpired
 from bus.operations.claim import Claim, PendingClaim
 from bus.operations.initiator import OperationReport, ReadOperation, WriteOperation
 from bus.operations.lifecycle import GrantState
 from bus.operations.target import OperationStatus, PeerOutcome, ReadableOperation, WritableOperation
+from schemas.media import MediaReference
 from schemas.message import Message, Part
 from schemas.operations import CompletionAck, Initiator, ProcessIdentity, RdmaMetadata
 from schemas.stream import Frame, LastFrame
@@ -89,7 +103,11 @@ __all__ = [
     "ConfigError",
     "ConnectionLost",
     "ControlPlaneError",
+    "CurrentJob",
     "DataPlaneError",
+    "DeadLetter",
+    "DeadLetterNotFound",
+    "DeadLetters",
     "Deadline",
     "DeadlineExceeded",
     "Declined",
@@ -97,6 +115,7 @@ __all__ = [
     "Device",
     "DeviceKind",
     "Draining",
+    "DurableWorkUnavailable",
     "EmbeddedServer",
     "EndpointConfig",
     "ForeignGrant",
@@ -107,12 +126,22 @@ __all__ = [
     "IncompleteOperation",
     "Initiator",
     "InvalidDescriptor",
+    "JobConsumer",
+    "JobExpired",
+    "JobHandler",
+    "JobQueueConfig",
+    "JobReceipt",
+    "JobTakenOver",
     "KeyFileError",
     "KvBlocks",
     "LastFrame",
     "LeaseExpired",
     "LocalMemory",
     "LocalProtocolError",
+    "MediaMismatch",
+    "MediaNotFound",
+    "MediaReference",
+    "MediaStore",
     "Message",
     "Middleware",
     "NoResponders",
@@ -159,6 +188,8 @@ __all__ = [
     "WrongLayout",
     "WrongLength",
     "WrongPairing",
+    "bus_channels",
+    "current_job",
     "current_request",
     "embedded_server",
     "fault_of",

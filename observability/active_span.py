@@ -10,18 +10,22 @@ Source: OpenTelemetry trace API; `error.type` and exception events after semanti
 """
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from typing import Any
 
 from opentelemetry import trace
 from opentelemetry.context import Context
 
+from observability.passing_span import PassingSpan
 from observability.semantic_conventions import ERROR_TYPE, ERROR_TYPE_CANCELLED, ERROR_TYPE_OTHER
 
 AttributeValue = str | bool | int | float | Sequence[str] | Sequence[bool] | Sequence[int] | Sequence[float]
 Attributes = Mapping[str, AttributeValue | None]
 """Attributes of a span, event or link. An attribute whose value is None is left out."""
+
+LazyAttributes = Attributes | Callable[[], Mapping[str, Any]]
+"""Attributes, or what makes them: called only for a span that is recorded."""
 
 
 class SpanKind(Enum):
@@ -40,12 +44,17 @@ class SpanContext:
     Pass it as `parent=` or in `links=`. It is falsy when it addresses no span.
     """
 
-    __slots__ = ("otel", "otel_base")
+    __slots__ = ("otel_base", "otel_span")
 
-    def __init__(self, otel: trace.SpanContext, otel_base: Context | None = None) -> None:
-        """`otel` and `otel_base` (what else came with the headers: baggage) are for this package alone."""
-        self.otel = otel
+    def __init__(self, otel_span: trace.Span, otel_base: Context | None = None) -> None:
+        """`otel_span` and `otel_base` (what else came with the headers: baggage) are for this package alone."""
+        self.otel_span = otel_span
         self.otel_base = otel_base
+
+    @property
+    def otel(self) -> trace.SpanContext:
+        """For this package alone."""
+        return self.otel_span.get_span_context()
 
     @property
     def trace_id(self) -> str:
@@ -60,10 +69,10 @@ class SpanContext:
     @property
     def is_sampled(self) -> bool:
         """Whether whoever made that span exports it."""
-        return bool(self.otel.trace_flags.sampled)
+        return self.otel.trace_flags.sampled
 
     def __bool__(self) -> bool:
-        return self.otel.is_valid
+        return isinstance(self.otel_span, PassingSpan) or self.otel.is_valid
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, SpanContext):
@@ -77,7 +86,7 @@ class SpanContext:
         return f"SpanContext(trace_id={self.trace_id!r}, span_id={self.span_id!r})"
 
 
-ROOT = SpanContext(trace.INVALID_SPAN_CONTEXT)
+ROOT = SpanContext(trace.INVALID_SPAN)
 """As `parent=`: begin a new trace, whatever the current span is."""
 
 
@@ -129,7 +138,7 @@ class Span:
     @property
     def context(self) -> SpanContext:
         """The span's address, for links and parents."""
-        return SpanContext(self.otel.get_span_context())
+        return SpanContext(self.otel)
 
     @property
     def trace_id(self) -> str:

@@ -13,12 +13,13 @@ https://www.w3.org/TR/baggage/.
 import re
 from collections.abc import Mapping
 
-from opentelemetry import trace
+from opentelemetry import baggage, trace
 from opentelemetry.baggage.propagation import W3CBaggagePropagator
 from opentelemetry.context import Context
 from opentelemetry.trace.span import TraceState
 
 from observability.active_span import Span, SpanContext
+from observability.passing_span import PassingSpan, traceparent_of
 
 TRACEPARENT = "traceparent"
 TRACESTATE = "tracestate"
@@ -26,7 +27,11 @@ BAGGAGE = "baggage"
 
 _BAGGAGE_PROPAGATOR = W3CBaggagePropagator()
 
-_TRACEPARENT = re.compile(r"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-[\x21-\x7e]*)?", re.ASCII)
+_PLAIN = re.compile(r"00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}", re.ASCII)
+_TRACEPARENT = re.compile(
+    r"(?P<version>[0-9a-f]{2})(?P<ids>-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2})(?P<rest>-[\x21-\x7e]*)?",
+    re.ASCII,
+)
 _TRACESTATE_MEMBER = re.compile(
     r"[a-z0-9][a-z0-9_\-*/]{0,240}(?:@[a-z][a-z0-9_\-*/]{0,13})?=[\x21-\x2b\x2d-\x3c\x3e-\x7e]{1,256}",
     re.ASCII,
@@ -41,13 +46,29 @@ _MAX_BAGGAGE_CHARACTERS = 8192
 
 def inject(headers: dict[str, str], span: Span | None = None) -> None:
     """Put the trace of `span`, or of the current span, into the headers of a message about to be sent."""
-    otel = (span.otel if span is not None else trace.get_current_span()).get_span_context()
-    if not otel.is_valid:
-        return
-    headers[TRACEPARENT] = _format(otel)
-    if otel.trace_state:
-        headers[TRACESTATE] = otel.trace_state.to_header()
-    _BAGGAGE_PROPAGATOR.inject(headers)
+    otel_span = span.otel if span is not None else trace.get_current_span()
+    if isinstance(otel_span, PassingSpan):
+        headers[TRACEPARENT] = otel_span.traceparent
+        state = otel_span.state
+    else:
+        otel = otel_span.get_span_context()
+        if not otel.is_valid:
+            return
+        headers[TRACEPARENT] = traceparent_of(otel)
+        state = otel.trace_state
+    if state:
+        headers[TRACESTATE] = state.to_header()
+    if baggage.get_all():
+        _BAGGAGE_PROPAGATOR.inject(headers)
+
+
+def header_lines(span: Span) -> str:
+    """Return what `inject` would put into headers as the lines of a header block, "" when there is no trace."""
+    if isinstance(span.otel, PassingSpan) and span.otel.state is None and not baggage.get_all():
+        return f"{TRACEPARENT}: {span.otel.traceparent}\r\n"
+    headers: dict[str, str] = {}
+    inject(headers, span)
+    return "".join(f"{name}: {value}\r\n" for name, value in headers.items())
 
 
 def extract(headers: Mapping[str, str] | None) -> SpanContext | None:
@@ -58,11 +79,28 @@ def extract(headers: Mapping[str, str] | None) -> SpanContext | None:
     """
     if not headers:
         return None
-    lowered = {name.lower(): value for name, value in headers.items()}
-    if (header := _value(lowered, TRACEPARENT)) is None:
+    parent = state = members = None
+    for name in headers:
+        # By length first: most headers are none of the three, and lower() costs as much as the rest of this.
+        length = len(name)
+        if length == 11 and (name == TRACEPARENT or name.lower() == TRACEPARENT):
+            parent = headers[name]
+        elif length == 10 and name.lower() == TRACESTATE:
+            state = headers[name]
+        elif length == 7 and name.lower() == BAGGAGE:
+            members = headers[name]
+    header = _checked(parent)
+    if header is None:
         return None
-    otel = _parse(header, _parse_tracestate(_value(lowered, TRACESTATE)))
-    return SpanContext(otel, _parse_baggage(_value(lowered, BAGGAGE))) if otel else None
+    if state is None and members is None:
+        return SpanContext(PassingSpan(header))
+    return SpanContext(PassingSpan(header, _parse_tracestate(_value(state))), _parse_baggage(_value(members)))
+
+
+def span_context_of(traceparent: str) -> SpanContext | None:
+    """Return the span that a traceparent names, which came without companions; None for a malformed one."""
+    header = _checked(traceparent)
+    return SpanContext(PassingSpan(header)) if header else None
 
 
 def traceparent(span: Span | SpanContext) -> str:
@@ -71,33 +109,25 @@ def traceparent(span: Span | SpanContext) -> str:
     For carriers that are no headers, such as a NIXL notification; `extract({"traceparent": text})` reads it.
     """
     otel = span.otel if isinstance(span, SpanContext) else span.otel.get_span_context()
-    return _format(otel) if otel.is_valid else ""
+    return traceparent_of(otel) if otel.is_valid else ""
 
 
-def _format(otel: trace.SpanContext) -> str:
-    return f"00-{otel.trace_id:032x}-{otel.span_id:016x}-{otel.trace_flags:02x}"
-
-
-def _value(headers: Mapping[str, str], name: str) -> str | None:
-    value = headers.get(name)
+def _value(value: object) -> str | None:
     return value.strip(" \t") if isinstance(value, str) else None
 
 
-def _parse(header: str, state: TraceState | None) -> trace.SpanContext | None:
-    match = _TRACEPARENT.fullmatch(header)
-    if match is None:
+def _checked(value: object) -> str | None:
+    """Return a traceparent as version 00 writes it, or None for what is none."""
+    if value is None:
         return None
-    version, trace_id, span_id, flags, rest = match.groups()
+    if type(value) is str and _PLAIN.fullmatch(value):
+        return value
+    if not isinstance(value, str) or (match := _TRACEPARENT.fullmatch(value.strip(" \t"))) is None:
+        return None
+    version, rest = match["version"], match["rest"]
     if version == "ff" or (version == "00" and rest):
         return None
-    otel = trace.SpanContext(
-        int(trace_id, 16),
-        int(span_id, 16),
-        is_remote=True,
-        trace_flags=trace.TraceFlags(int(flags, 16)),
-        trace_state=state,
-    )
-    return otel if otel.is_valid else None
+    return f"00{match['ids']}"
 
 
 def _parse_tracestate(header: str | None) -> TraceState | None:

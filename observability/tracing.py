@@ -14,6 +14,7 @@ import atexit
 import logging
 from collections.abc import Iterable
 from contextvars import Token
+from random import getrandbits
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -23,7 +24,7 @@ from opentelemetry.context import Context
 
 from observability.active_span import (
     NO_SPAN,
-    Attributes,
+    LazyAttributes,
     Span,
     SpanContext,
     SpanKind,
@@ -31,20 +32,26 @@ from observability.active_span import (
     without_none,
 )
 from observability.export_environment import is_export_wanted
+from observability.passing_span import PassingSpan, passing_span_of, unsampled_root
+from observability.sampling import HeadSampler
 from observability.semantic_conventions import SCHEMA_URL
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import SpanProcessor
 
     from observability.span_export import ExportCounts, SpanPipeline
+    from observability.trace_ids import TraceIds
 
 _tracer: trace.Tracer | None = None
+_sampler = HeadSampler()
+_trace_ids: "TraceIds | None" = None
 _pipeline: "SpanPipeline | None" = None
 _service_name = ""
 _identity: dict[str, str] = {}
 """What the process called itself in `configure`."""
 _listeners: "list[SpanProcessor]" = []
 
+_EMPTY = Context()
 _OTEL_KINDS = {
     SpanKind.INTERNAL: trace.SpanKind.INTERNAL,
     SpanKind.SERVER: trace.SpanKind.SERVER,
@@ -58,7 +65,7 @@ def span(
     name: str,
     *,
     kind: SpanKind = SpanKind.INTERNAL,
-    attributes: Attributes | None = None,
+    attributes: LazyAttributes | None = None,
     links: Iterable[SpanContext | Span] = (),
     parent: SpanContext | Span | None = None,
 ) -> "SpanScope":
@@ -66,26 +73,27 @@ def span(
 
     Use it with plain `with`, also around awaits. What leaves it as an exception, a cancellation included,
     marks the span failed (`Span.fail`) and goes on. `parent` is the current span by default; `ROOT` begins a
-    new trace. Attributes given here cost half of those set later.
+    new trace. Attributes given here cost half of those set later; a function that makes them is only called for a
+    span that is recorded.
     """
     if _tracer is None and parent is None:
         return _UNTRACED
-    started, context = _start(name, kind, attributes, links, parent)
-    return SpanScope(started, context)
+    started, base = _start(name, kind, attributes, links, parent)
+    return SpanScope(started, base)
 
 
 def start_span(
     name: str,
     *,
     kind: SpanKind = SpanKind.INTERNAL,
-    attributes: Attributes | None = None,
+    attributes: LazyAttributes | None = None,
     links: Iterable[SpanContext | Span] = (),
     parent: SpanContext | Span | None = None,
 ) -> Span:
     """Return a span that begins now and is *not* the current one. The caller must `end()` it."""
     if _tracer is None and parent is None:
         current = trace.get_current_span()
-        return NO_SPAN if current is trace.INVALID_SPAN else _passing_through(current.get_span_context())
+        return NO_SPAN if current is trace.INVALID_SPAN else _passing_through(current)
     return _start(name, kind, attributes, links, parent)[0]
 
 
@@ -103,15 +111,15 @@ def current_trace_id() -> str:
 class SpanScope:
     """What `span` returns: enter it to make the span current, leave it to end the span."""
 
-    __slots__ = ("_context", "_span", "_token")
+    __slots__ = ("_base", "_span", "_token")
 
-    def __init__(self, started: Span, context: Context) -> None:
+    def __init__(self, started: Span, base: Context | None) -> None:
         self._span = started
-        self._context = context
+        self._base = base
         self._token: Token[Context] | None = None
 
     def __enter__(self) -> Span:
-        self._token = otel_context.attach(self._context)
+        self._token = otel_context.attach(trace.set_span_in_context(self._span.otel, self._base))
         return self._span
 
     def __exit__(
@@ -131,7 +139,8 @@ class _UntracedScope(SpanScope):
         super().__init__(NO_SPAN, Context())
 
     def __enter__(self) -> Span:
-        return _passing_through(trace.get_current_span().get_span_context())
+        current = trace.get_current_span()
+        return NO_SPAN if current is trace.INVALID_SPAN else _passing_through(current)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace_back: TracebackType | None
@@ -222,18 +231,21 @@ atexit.register(shutdown)
 
 def _connect() -> None:
     """Make the tracer anew, for the export and the listeners that there are; none if there are none."""
-    global _service_name, _tracer
+    global _service_name, _sampler, _trace_ids, _tracer
     _tracer = None
     if not _pipeline and not _listeners:
         return
     from opentelemetry.sdk.resources import OTELResourceDetector, Resource
     from opentelemetry.sdk.trace import TracerProvider
-    from opentelemetry.sdk.trace.sampling import ALWAYS_ON
+
+    from observability.trace_ids import TraceIds
 
     resource = Resource.create({**_identity, **OTELResourceDetector().detect().attributes})
     if _identity:
         _service_name = str(resource.attributes["service.name"])
-    provider = TracerProvider(resource=resource, sampler=ALWAYS_ON if _listeners else None, shutdown_on_exit=False)
+    _sampler = HeadSampler("always_on") if _listeners else HeadSampler.from_environment()
+    _trace_ids = TraceIds()
+    provider = TracerProvider(_sampler.for_sdk(), resource, shutdown_on_exit=False, id_generator=_trace_ids)
     for processor in (*([_pipeline] if _pipeline else []), *_listeners):
         provider.add_span_processor(processor)
     _tracer = provider.get_tracer("nixlbus", _identity.get("service.version", ""), SCHEMA_URL)
@@ -242,33 +254,57 @@ def _connect() -> None:
 def _start(
     name: str,
     kind: SpanKind,
-    attributes: Attributes | None,
+    attributes: LazyAttributes | None,
     links: Iterable[SpanContext | Span],
     parent: SpanContext | Span | None,
-) -> tuple[Span, Context]:
-    """Return a span that has begun, and the context in which it is the current one."""
-    base, parent_otel = _parent_of(parent)
-    if _tracer is None:
-        started = _passing_through(parent_otel)
-    else:
-        otel_links = [trace.Link(target) for link in links if (target := otel_context_of(link)).is_valid]
-        above = trace.set_span_in_context(trace.NonRecordingSpan(parent_otel), base)
-        started = Span(_tracer.start_span(name, above, _OTEL_KINDS[kind], without_none(attributes), otel_links))
-    return started, trace.set_span_in_context(started.otel, base)
-
-
-def _parent_of(parent: SpanContext | Span | None) -> tuple[Context, trace.SpanContext]:
-    """Return what the new span inherits besides its parent (baggage), and the parent's address."""
-    if parent is None:
-        return otel_context.get_current(), trace.get_current_span().get_span_context()
+) -> tuple[Span, Context | None]:
+    """Return a span that has begun, and the context in which it may be made the current one (None: the current)."""
     if isinstance(parent, SpanContext):
-        return parent.otel_base or Context(), parent.otel
-    return otel_context.get_current(), parent.otel.get_span_context()
+        above, base = parent.otel_span, parent.otel_base or _EMPTY
+    else:
+        above, base = trace.get_current_span() if parent is None else parent.otel, None
+    if _tracer is None:
+        return _passing_through(above), base
+    if (dropped := _dropped(above)) is not None:
+        return Span(dropped), base
+    otel_links = [trace.Link(target) for link in links if (target := otel_context_of(link)).is_valid]
+    context = None if parent is None else trace.set_span_in_context(above, base)
+    values = without_none(attributes() if callable(attributes) else attributes)
+    return Span(_tracer.start_span(name, context, _OTEL_KINDS[kind], values, otel_links)), base
 
 
-def _passing_through(otel: trace.SpanContext) -> Span:
+def _dropped(above: trace.Span) -> PassingSpan | None:
+    """Return what stands for a span that the sampler drops, below `above`; None for one to be recorded.
+
+    It is the parent itself where there is one, as in a process with tracing off: a span that nobody sees needs no id.
+    """
+    if isinstance(above, PassingSpan):
+        drops = not above.is_sampled if _sampler.follows_parent else _sampler.drops(above.trace_id)
+        return above.not_sampled() if drops else None
+    if above is trace.INVALID_SPAN or not (otel := above.get_span_context()).is_valid:
+        return _dropped_root()
+    drops = not otel.trace_flags.sampled if _sampler.follows_parent else _sampler.drops(otel.trace_id)
+    if not drops or (passing := passing_span_of(above)) is None:
+        return None
+    return passing.not_sampled()
+
+
+def _dropped_root() -> PassingSpan | None:
+    """Return what stands for the first span of a trace that the sampler drops; None for one to be recorded."""
+    if _sampler.keeps_all:
+        return None
+    trace_id = getrandbits(128) or 1
+    if _sampler.drops(trace_id):
+        return unsampled_root(trace_id)
+    if _trace_ids is not None:
+        _trace_ids.use(trace_id)
+    return None
+
+
+def _passing_through(otel_span: trace.Span) -> Span:
     """Return a span that records nothing but keeps a peer's trace connected across this process."""
-    return Span(trace.NonRecordingSpan(otel)) if otel.is_valid else NO_SPAN
+    passing = passing_span_of(otel_span)
+    return Span(passing) if passing else NO_SPAN
 
 
 def _ignore_foreign_detach(record: logging.LogRecord) -> bool:

@@ -8,7 +8,7 @@ msgspec packs and checks in one pass (5 µs both ways); nothing is ever unpickle
 from enum import Enum
 from functools import lru_cache
 from types import UnionType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import msgspec
 
@@ -96,5 +96,5 @@ def _validation_error(error: msgspec.ValidationError, message_type: Any) -> Mess
 
 def message_tags(message_type: Any) -> tuple[str, ...]:
     """The `type` values that a Message class, or a union of them, stands for."""
-    members = message_type.__args__ if isinstance(message_type, UnionType) else (message_type,)
+    members = get_args(message_type) or (message_type,)
     return tuple(str(member.__struct_config__.tag) for member in members)

@@ -39,6 +39,8 @@ class FaultCode(StrEnum):
     POOL_EXHAUSTED = "pool_exhausted"
     TRANSFER_FAILED = "transfer_failed"
     PEER_LOST = "peer_lost"
+    DURABLE_WORK_UNAVAILABLE = "durable_work_unavailable"
+    DELIVERIES_EXHAUSTED = "deliveries_exhausted"
     CANCELLED = "cancelled"
     INTERNAL = "internal"
 
@@ -67,6 +69,7 @@ HTTP_STATUS = MappingProxyType(
         FaultCode.PERMISSION_DENIED: 403,
         FaultCode.POOL_EXHAUSTED: 503,
         FaultCode.PEER_LOST: 503,
+        FaultCode.DURABLE_WORK_UNAVAILABLE: 503,
     }
 )
 """Fault code to HTTP status, which is also the number in `Nats-Service-Error-Code`. Others are 500."""

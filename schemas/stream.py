@@ -5,6 +5,8 @@ never a silently lost token. A stream ends with its own `LastFrame`, which says 
 `StreamEnd` that the endpoint sends; or with a `Fault`. Nothing follows either.
 """
 
+from typing import Any, get_args
+
 from schemas.message import Message
 
 UNNUMBERED = -1
@@ -22,3 +24,11 @@ class LastFrame(Frame, frozen=True, kw_only=True):
 
 class StreamEnd(LastFrame, frozen=True, kw_only=True, tag="stream.end"):
     """The end of a stream that has no last frame of its own."""
+
+
+def frames_of(frame_type: Any) -> Any:
+    """What a stream of `frame_type`, a class or a union, is made of on the wire: with `StreamEnd` if that ends it."""
+    members = get_args(frame_type) or (frame_type,)
+    ends_itself = any(issubclass(member, LastFrame) for member in members)
+    is_numbered_here = any(issubclass(member, Frame) for member in members)
+    return frame_type | StreamEnd if is_numbered_here and not ends_itself else frame_type

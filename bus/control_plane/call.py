@@ -23,7 +23,7 @@ from bus.deadline import Deadline
 from bus.errors import BusError, DeadlineExceeded, NoResponders, RemoteFault, RemoteProtocolError
 from observability import semantic_conventions as names
 from observability.active_span import NO_SPAN, Span, SpanKind
-from observability.propagation import inject
+from observability.propagation import header_lines
 from observability.tracing import current_span, is_tracing, start_span
 from schemas.codec import MessageError, decode, encode
 from schemas.fault import Fault, FaultCode
@@ -370,9 +370,7 @@ def trace_headers(span: Span | None) -> str:
     """The header lines of a trace, "" without one."""
     if span is None or span is NO_SPAN:
         return ""
-    headers: dict[str, str] = {}
-    inject(headers, span)
-    return "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+    return header_lines(span)
 
 
 def _send_span(subject: Subject, num_bytes: int, parent: Span | None) -> Span:
@@ -382,7 +380,7 @@ def _send_span(subject: Subject, num_bytes: int, parent: Span | None) -> Span:
         f"send {subject.template}",
         kind=SpanKind.PRODUCER,
         parent=parent,
-        attributes={
+        attributes=lambda: {
             names.MESSAGING_SYSTEM: "nats",
             names.MESSAGING_OPERATION_NAME: "send",
             names.MESSAGING_OPERATION_TYPE: "send",

@@ -2,6 +2,8 @@
 
 In: a worker's identity and its endpoints. Out: the JSON that `nats micro ls`, `info` and `stats` read, and, on the
 asking side, the list of live workers. A worker that is cut off simply doesn't answer: the list is never stale.
+An endpoint's metadata tells what it takes and gives: tags, schema ids, and the JSON schemas themselves as far as they
+are small; a longer one is left out, and its id stands alone.
 Source: NATS architecture decision record 32.
 """
 
@@ -17,11 +19,18 @@ from bus.control_plane.endpoint import Endpoint
 from bus.control_plane.inbox import Inbox
 from bus.deadline import Deadline
 from bus.errors import BusError, DeadlineExceeded, NoResponders
+from schemas.codec import message_tags
+from schemas.json_schema import schema_id, schema_text
+from schemas.stream import frames_of
 from schemas.subjects import may_be_answered
 
 VERBS = ("PING", "INFO", "STATS")
 QUIET_S = 0.2
 """No further answer for this long ends the list; an idle worker answers within a millisecond."""
+MAX_SCHEMA_BYTES = 8 << 10
+"""A longer schema stays out of the answer. The longest of the packaged graph has 3.1 KB."""
+MAX_SCHEMAS_BYTES = 64 << 10
+"""All schemas of one answer together: a sixteenth of the payload that a NATS server takes unless told otherwise."""
 
 
 class ServiceIdentity(msgspec.Struct, frozen=True, kw_only=True):
@@ -33,6 +42,38 @@ class ServiceIdentity(msgspec.Struct, frozen=True, kw_only=True):
     metadata: dict[str, str]
 
 
+class EndpointInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What INFO tells of an endpoint. ADR-32 has metadata of text alone."""
+
+    name: str
+    subject: str
+    queue_group: str
+    metadata: dict[str, str]
+
+
+class EndpointLoad(msgspec.Struct, frozen=True, kw_only=True):
+    """What STATS tells beyond the fields that ADR-32 has."""
+
+    refused: int
+    cancelled: int
+    active: int
+    queued: int
+
+
+class EndpointStatistics(msgspec.Struct, frozen=True, kw_only=True):
+    """What STATS tells of an endpoint, times in nanoseconds."""
+
+    name: str
+    subject: str
+    queue_group: str
+    num_requests: int
+    num_errors: int
+    last_error: str
+    processing_time: int
+    average_processing_time: int
+    data: EndpointLoad
+
+
 class Service:
     """Answers discovery for one worker."""
 
@@ -40,6 +81,7 @@ class Service:
         self._connection = connection
         self._identity = identity
         self._endpoints = endpoints
+        self._infos = _infos(endpoints, min(MAX_SCHEMAS_BYTES, connection.max_payload_bytes // 4))
         self._started = datetime.now(UTC).isoformat().replace("+00:00", "Z")
         self._subscriptions: list[Subscription] = []
 
@@ -67,10 +109,10 @@ class Service:
         }
         if verb == "INFO":
             answer["description"] = f"nixlbus {self._identity.metadata.get('role', 'worker')}"
-            answer["endpoints"] = [_info(endpoint) for endpoint in self._endpoints]
+            answer["endpoints"] = self._infos
         if verb == "STATS":
             answer["started"] = self._started
-            answer["endpoints"] = [_stats(endpoint) for endpoint in self._endpoints]
+            answer["endpoints"] = [_statistics(endpoint) for endpoint in self._endpoints]
         return answer
 
 
@@ -82,10 +124,14 @@ async def discover(connection: Connection, inbox: Inbox, *, timeout_s: float) ->
     for info in sorted(infos, key=lambda answer: (answer["name"], answer["id"])):
         if "nixlbus" not in info.get("metadata", {}):
             continue
-        measured = {endpoint["name"]: endpoint for endpoint in stats.get(info["id"], {}).get("endpoints", [])}
-        endpoints = [{**measured.get(endpoint["name"], {}), **endpoint} for endpoint in info.get("endpoints", [])]
+        measured = {_key(endpoint): endpoint for endpoint in stats.get(info["id"], {}).get("endpoints", [])}
+        endpoints = [{**measured.get(_key(endpoint), {}), **endpoint} for endpoint in info.get("endpoints", [])]
         services.append({**info, "started": stats.get(info["id"], {}).get("started", ""), "endpoints": endpoints})
     return services
+
+
+def _key(endpoint: Mapping[str, Any]) -> tuple[Any, Any]:
+    return endpoint.get("name"), endpoint.get("subject")  # an event may have the name of a stage
 
 
 async def _ask_all(connection: Connection, inbox: Inbox, subject: str, timeout_s: float) -> list[dict[str, Any]]:
@@ -104,29 +150,69 @@ async def _ask_all(connection: Connection, inbox: Inbox, subject: str, timeout_s
     return [answer for answer in answers if isinstance(answer, Mapping) and "id" in answer and "name" in answer]
 
 
-def _info(endpoint: Endpoint) -> dict[str, Any]:
+def _infos(endpoints: Sequence[Endpoint], budget_bytes: int) -> list[EndpointInfo]:
+    infos = []
+    for endpoint in endpoints:
+        metadata = _metadata(endpoint)
+        for direction, message_type in _types(endpoint):
+            text = _schema_text(message_type)
+            if text:
+                metadata[f"{direction}_schema_id"] = schema_id(text)
+            if text and len(text) <= min(MAX_SCHEMA_BYTES, budget_bytes):
+                metadata[f"{direction}_schema"] = text
+                budget_bytes -= len(text)
+        config = endpoint.config
+        infos.append(
+            EndpointInfo(
+                name=config.name, subject=config.subject.name, queue_group=config.queue_group, metadata=metadata
+            )
+        )
+    return infos
+
+
+def _metadata(endpoint: Endpoint) -> dict[str, str]:
     config = endpoint.config
-    return {
-        "name": config.name,
-        "subject": config.subject.name,
-        "queue_group": config.queue_group,
-        "metadata": {
-            "request": str(config.request_type.__struct_config__.tag),
-            "concurrency": str(config.concurrency),
-        },
-    }
+    metadata = {direction: ",".join(message_tags(message_type)) for direction, message_type in _types(endpoint)}
+    metadata["kind"] = endpoint.kind
+    metadata["concurrency"] = str(config.concurrency)
+    metadata["max_queued"] = str(config.max_queued)
+    metadata["timeout_ms"] = str(int(config.default_ttl_s * 1000))
+    if config.public:
+        metadata["public"] = "true"
+    return metadata
 
 
-def _stats(endpoint: Endpoint) -> dict[str, Any]:
-    stats = endpoint.stats
-    average_ns = stats.processing_time_ns // stats.num_requests if stats.num_requests else 0
-    return {
-        "name": endpoint.config.name,
-        "subject": endpoint.config.subject.name,
-        "queue_group": endpoint.config.queue_group,
-        "num_requests": stats.num_requests,
-        "num_errors": stats.num_errors,
-        "last_error": stats.last_error,
-        "processing_time": stats.processing_time_ns,
-        "average_processing_time": average_ns,
-    }
+def _types(endpoint: Endpoint) -> list[tuple[str, Any]]:
+    config = endpoint.config
+    reply_type = None if config.one_way else config.reply_type
+    if reply_type is not None and endpoint.kind == "stream":
+        reply_type = frames_of(reply_type)
+    both = (("request", config.request_type), ("reply", reply_type))
+    return [(direction, message_type) for direction, message_type in both if message_type is not None]
+
+
+def _schema_text(message_type: Any) -> str:
+    try:
+        return schema_text(message_type)
+    except TypeError:
+        return ""  # a field without a counterpart in JSON: the tags must do
+
+
+def _statistics(endpoint: Endpoint) -> EndpointStatistics:
+    config, stats = endpoint.config, endpoint.stats
+    return EndpointStatistics(
+        name=config.name,
+        subject=config.subject.name,
+        queue_group=config.queue_group,
+        num_requests=stats.num_requests,
+        num_errors=stats.num_errors,
+        last_error=stats.last_error,
+        processing_time=stats.processing_time_ns,
+        average_processing_time=stats.processing_time_ns // stats.num_requests if stats.num_requests else 0,
+        data=EndpointLoad(
+            refused=stats.num_refused,
+            cancelled=stats.num_cancelled,
+            active=stats.num_active,
+            queued=endpoint.num_queued,
+        ),
+    )

@@ -27,7 +27,7 @@ from bus.deadline import work_under
 from bus.errors import BusError, Cancelled, DeadlineExceeded, Declined, Draining, Overloaded
 from observability import semantic_conventions as names
 from observability.active_span import ROOT, Span, SpanKind
-from observability.propagation import extract
+from observability.propagation import extract, span_context_of
 from observability.tracing import is_tracing, span
 from schemas.codec import Encoding, MessageError, decode, encoding_of
 from schemas.message import Message
@@ -113,6 +113,18 @@ class Endpoint:
         self._stopping = False
         self._loop = asyncio.get_running_loop()
         self._context = copy_context()
+
+    @property
+    def kind(self) -> str:
+        """What it is to a caller: "unary", "stream" or "event"."""
+        if self.config.one_way:
+            return "event"
+        return "stream" if inspect.isasyncgenfunction(self._handler) else "unary"
+
+    @property
+    def num_queued(self) -> int:
+        """Requests that wait for a slot."""
+        return len(self._waiting)
 
     async def open(self) -> None:
         """Subscribe."""
@@ -297,8 +309,8 @@ class Endpoint:
         return span(
             f"process {subject.template}",
             kind=SpanKind.CONSUMER,
-            parent=extract(message.headers) or ROOT,
-            attributes={
+            parent=(span_context_of(work.traceparent) if work.traceparent else extract(message.headers)) or ROOT,
+            attributes=lambda: {
                 names.MESSAGING_SYSTEM: "nats",
                 names.MESSAGING_OPERATION_NAME: "process",
                 names.MESSAGING_OPERATION_TYPE: "process",

@@ -39,7 +39,7 @@ MAX_WINDOW_FRAMES = 65_536
 _MAX_DIGITS = 15
 _TTL_AND_ID_ALONE = re.compile(
     rb"NATS/1\.0\r\nNixlbus-Protocol: (\d{1,9})\r\nNixlbus-Ttl-Ms: (\d{1,15})\r\n"
-    rb"Nixlbus-Request-Id: ([\w-]{1,64})\r\n\r\n"
+    rb"Nixlbus-Request-Id: ([\w-]{1,64})\r\n(?:traceparent: ([!-~]{1,64})\r\n)?\r\n"
 )
 """The headers of a plain request of ours: read without making a dictionary of them."""
 
@@ -78,6 +78,7 @@ class Work:
         "request",
         "request_id",
         "task",
+        "traceparent",
     )
 
     def __init__(self, message: Msg, host: Host, encoding: Encoding) -> None:
@@ -88,6 +89,8 @@ class Work:
         self.protocol: str | None = None
         """The version that the caller speaks, if it says one."""
         self.brings_a_trace = False
+        self.traceparent = ""
+        """The trace, where it came without companions in other headers."""
         self.avoided: Sequence[str] = ()
         """Workers that the caller would rather not have it."""
         self.request: Message | None = None
@@ -112,6 +115,9 @@ class Work:
         if alone:
             self.protocol = alone[1].decode()
             self.request_id = alone[3].decode()
+            if alone[4]:
+                self.brings_a_trace = True
+                self.traceparent = alone[4].decode()
             return min(int(alone[2]) / 1000, MAX_TTL_S)
         headers = message.headers
         self.protocol = headers.get(PROTOCOL_HEADER)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import observability
 from observability import OtlpReceiver
+from observability.propagation import header_lines, span_context_of
 
 PARENT = f"00-{'a' * 32}-{'b' * 16}-01"
 
@@ -27,6 +28,29 @@ async def test_what_is_injected_is_extracted_as_the_same_span(traced: OtlpReceiv
     assert (parent.trace_id, parent.span_id, parent.is_sampled) == (root.trace_id, root.span_id, True)
     assert observability.extract({"traceparent": observability.traceparent(root.context)}) == parent
     assert set(headers) == {"Nixlbus-Protocol", "traceparent"}
+
+
+async def test_header_lines_are_what_inject_writes(traced: OtlpReceiver) -> None:
+    came = {"traceparent": PARENT, "tracestate": "vendor=a1", "baggage": "user=alice"}
+    parents = [observability.extract(headers) for headers in ({"traceparent": PARENT}, came)]
+    for parent in [None, *parents]:
+        with observability.span("recorded", parent=parent) as recorded:
+            injected: dict[str, str] = {}
+            observability.inject(injected, recorded)
+            assert header_lines(recorded) == "".join(f"{name}: {value}\r\n" for name, value in injected.items())
+    observability.shutdown()
+    for headers, parent in zip(({"traceparent": PARENT}, came), parents, strict=True):
+        with observability.span("passing through", parent=parent) as passing:
+            assert header_lines(passing) == "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+    with observability.span("none") as none:
+        assert header_lines(none) == ""
+
+
+@pytest.mark.parametrize(
+    "header", [PARENT, f" {PARENT}", PARENT.upper(), "", "ff" + PARENT[2:], f"cc{PARENT[2:]}-more"]
+)
+def test_a_traceparent_alone_is_read_as_among_headers(header: str) -> None:
+    assert span_context_of(header) == observability.extract({"traceparent": header})
 
 
 async def test_a_given_span_is_injected_rather_than_the_current_one(traced: OtlpReceiver) -> None:

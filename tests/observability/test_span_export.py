@@ -1,18 +1,19 @@
 """Export under load and to collectors that are dead, deaf or unwanted: the caller never notices."""
 
+import asyncio
 import logging
 import os
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import pytest
 
 import observability
-from observability import OtlpReceiver
-from observability.span_export import DEFAULT_MAX_QUEUE_SIZE
+from observability import ExportCounts, OtlpReceiver, SpanRecord, TraceStore
+from observability.span_export import DEFAULT_MAX_BATCH_SIZE, DEFAULT_MAX_QUEUE_SIZE
 
 
 @pytest.fixture
@@ -44,7 +45,29 @@ async def test_a_burst_of_2000_spans_arrives_without_loss(traced: OtlpReceiver) 
     assert observability.flush()
     counts = observability.export_counts()
     assert counts is not None
-    assert (counts.ended, counts.exported, counts.failed) == (2000, 2000, 0)
+    assert (counts.ended, counts.exported, counts.failed, counts.dropped) == (2000, 2000, 0, 0)
+
+
+class SlowStore(TraceStore):
+    """A collector that takes 50 ms over each batch."""
+
+    def add(self, spans: Iterable[SpanRecord]) -> None:
+        time.sleep(0.05)
+        super().add(spans)
+
+
+async def test_a_burst_of_20000_spans_arrives_at_a_slow_collector_without_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with OtlpReceiver(store=SlowStore()) as receiver:
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", receiver.endpoint)
+        configure()
+        with observability.span("root") as root:
+            started = [observability.start_span("one of many", attributes={"number": n}) for n in range(19_999)]
+            for span in started:
+                span.end()
+        assert await asyncio.to_thread(observability.flush, 60)
+        assert observability.export_counts() == ExportCounts(ended=20_000, exported=20_000, failed=0, dropped=0)
+        arrived = receiver.store.trace(root.trace_id)
+        assert {span.attributes["number"] for span in arrived if span.parent_id} == set(range(19_999))
 
 
 @pytest.mark.parametrize("collector", ["dead_endpoint", "deaf_endpoint"])
@@ -110,6 +133,10 @@ def test_a_full_queue_drops_spans_and_says_so_once(
     for _ in range(3000):
         with observability.span("one of many"):
             pass
+    counts = observability.export_counts()
+    assert counts is not None
+    # What isn't dropped waits in the queue, or is in the one batch that the collector was sent.
+    assert counts.dropped in (3000 - 600, 3000 - 600 - DEFAULT_MAX_BATCH_SIZE)
     observability.shutdown(timeout_s=0.1)
     messages = [record.getMessage() for record in caplog.records]
     assert len([message for message in messages if "Queue full" in message]) == 1

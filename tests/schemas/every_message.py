@@ -6,10 +6,10 @@ from typing import Any
 import msgspec
 from hypothesis import strategies as st
 
-from schemas import fault, generate, handshake, operations, performance, stages, stream, traces
+from schemas import fault, generate, handshake, jobs, operations, performance, stages, stream, traces
 from schemas.message import Message
 
-MODULES = (fault, generate, handshake, operations, performance, stages, stream, traces)
+MODULES = (fault, generate, handshake, jobs, operations, performance, stages, stream, traces)
 
 ID = "0123456789abcdef"
 GRANT = operations.RdmaMetadata(
@@ -47,6 +47,17 @@ HOPS = [generate.Hop(name="encode", bytes=0, ms=2.5), generate.Hop(name="kv pref
 STAGE = {"request_id": "r1", "model": "digits", "revision": "abc"}
 
 EXAMPLES: dict[str, Message] = {
+    "job.claim": jobs.JobClaim(
+        state="working",
+        job_id="order-7",
+        worker_id="media-1",
+        epoch="e1",
+        delivery=2,
+        stream_sequence=41,
+        attempt=2,
+        progress=b"page 3",
+        traceparent=f"00-{'1' * 32}-{'2' * 16}-01",
+    ),
     "fault": FAULT,
     "generate.request": generate.GenerateRequest(
         messages=[

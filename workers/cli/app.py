@@ -94,7 +94,10 @@ def run(
 
 @app.command()
 def server(
-    port: Annotated[int, typer.Option("--port", help="Port of the nats-server; 0 takes a free one.")] = 4222,
+    port: Annotated[
+        int | None,
+        typer.Option("--port", help="Port of the nats-server; 0: a free one. [default: $NIXLBUS_NATS_URL's or 4222]"),
+    ] = None,
     otlp_port: Annotated[
         int | None, typer.Option("--otlp-port", help="Port of the trace store. [default: 4317]")
     ] = None,
@@ -126,12 +129,34 @@ def request(
 def ps(
     nats: NatsUrl = None,
     worker_id: Annotated[str | None, typer.Option("--id", help="This worker alone; exit status 1 if not live.")] = None,
+    endpoints: Annotated[bool, typer.Option("--endpoints", help="A line for each endpoint.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """List the live workers, by NATS service discovery."""
     from workers.cli import ps as command
 
-    _run(command.run(nats, worker_id, as_json), as_json)
+    _run(command.run(nats, worker_id, endpoints, as_json), as_json)
+
+
+@app.command()
+def asyncapi(
+    targets: Annotated[
+        list[str] | None, typer.Argument(help="Workers' classes, module:Class. [default: the packaged graph]")
+    ] = None,
+    live: Annotated[bool, typer.Option("--live", help="Describe the live workers instead.")] = False,
+    nats: NatsUrl = None,
+    graph: Annotated[
+        str | None,
+        typer.Option("--graph", help="Name of the graph, or group of the classes. [default: vlm, or theirs]"),
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Write to this file. [default: stdout]")] = None,
+) -> None:
+    """Write an AsyncAPI 3.0 document (JSON) of every subject."""
+    from workers.cli import asyncapi as command
+
+    if live and (targets or graph):
+        raise typer.BadParameter("--live describes whatever is live: it takes neither classes nor --graph")
+    _run(command.run(targets, live, nats, graph, out), as_json=False)
 
 
 @app.command()
@@ -215,6 +240,65 @@ def nats_conf(
     )
     tls = (tls_cert, tls_key, tls_ca)
     _run(command.run(out, roles, keys_per_instance or [], server, tls, as_json), as_json)
+
+
+dlq_app = typer.Typer(help="Dead letters: jobs that were given up.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(dlq_app, name="dlq")
+
+DeadLetterNumbers = Annotated[list[int] | None, typer.Argument(min=1, help="Numbers; see 'nixlbus dlq ls'.")]
+Every = Annotated[bool, typer.Option("--all", help="Every dead letter (of --queue).")]
+QueueName = Annotated[str, typer.Option("--queue", help="QUEUE or GRAPH.QUEUE. [default: all]")]
+Limit = Annotated[int, typer.Option("--limit", min=1, max=10_000, help="Most dead letters, the oldest first.")]
+
+
+@dlq_app.command("ls")
+def dlq_ls(queue: QueueName = "", limit: Limit = 100, nats: NatsUrl = None, as_json: AsJson = False) -> None:
+    """List dead letters, the oldest first."""
+    from workers.cli import dlq as command
+
+    _run(command.list_letters(nats, queue, limit, as_json), as_json)
+
+
+@dlq_app.command("show")
+def dlq_show(
+    number: Annotated[int, typer.Argument(min=1, help="Number of a dead letter.")],
+    nats: NatsUrl = None,
+    as_json: AsJson = False,
+) -> None:
+    """Print one dead letter: the reason, its headers, its payload."""
+    from workers.cli import dlq as command
+
+    _run(command.show(nats, number, as_json), as_json)
+
+
+@dlq_app.command("replay")
+def dlq_replay(
+    numbers: DeadLetterNumbers = None,
+    every: Every = False,
+    queue: QueueName = "",
+    limit: Limit = 10_000,
+    nats: NatsUrl = None,
+    as_json: AsJson = False,
+) -> None:
+    """Put dead letters back into their queues, where they begin anew."""
+    from workers.cli import dlq as command
+
+    _run(command.settle("replay", nats, numbers, every, queue, limit, as_json), as_json)
+
+
+@dlq_app.command("drop")
+def dlq_drop(
+    numbers: DeadLetterNumbers = None,
+    every: Every = False,
+    queue: QueueName = "",
+    limit: Limit = 10_000,
+    nats: NatsUrl = None,
+    as_json: AsJson = False,
+) -> None:
+    """Take dead letters out for good."""
+    from workers.cli import dlq as command
+
+    _run(command.settle("drop", nats, numbers, every, queue, limit, as_json), as_json)
 
 
 def main() -> None:

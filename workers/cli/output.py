@@ -9,9 +9,13 @@ import sys
 from typing import Any
 
 from rich.console import Console
+from rich.table import Table
 
 from bus import BusError, RemoteFault, RequestRefused
 from workers.process import Progress
+
+_WIDEST = 10_000
+"""Characters; wider than any table."""
 
 
 class Output:
@@ -27,10 +31,16 @@ class Output:
             sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
             sys.stdout.flush()
 
-    def text(self, *renderables: Any, end: str = "\n") -> None:
-        """Something to read, without `--json`."""
+    def text(self, *renderables: Any, end: str = "\n", wrap: bool = True) -> None:
+        """Something to read, without `--json`. Lines are folded at the terminal's width if `wrap`."""
         if not self.as_json:
-            self.console.print(*renderables, end=end)
+            self.console.print(*renderables, end=end, soft_wrap=not wrap)
+
+    def table(self, table: Table) -> None:
+        """A table at its full width, without `--json`: a narrower terminal wraps its lines, and nothing is cut."""
+        needed = self.console.measure(table, options=self.console.options.update(width=_WIDEST)).maximum
+        self.console.width = max(self.console.width, needed)
+        self.text(table)
 
     def note(self, text: str) -> None:
         """A remark on stderr."""

@@ -532,7 +532,7 @@ def test_every_test_here_is_a_row_of_the_page() -> None:
     page = (Path(__file__).parents[3] / "docs" / "reliability.md").read_text()
     rows = {word for line in page.splitlines() if line.startswith("| ") for word in line.replace("`", " ").split()}
     own = {name for name in globals() if name.startswith("test_") and "every_test_here" not in name}
-    elsewhere = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
+    elsewhere = "".join(path.read_text() for path in Path(__file__).parents[1].rglob("test_*.py"))
     assert all(f"def {name}(" in elsewhere for name in OTHER_ROWS)
     assert own - rows == set()
     of_requests = {word for word in rows if word.startswith("test_")} - own - OTHER_ROWS
@@ -548,5 +548,17 @@ OTHER_ROWS = {
     "test_foreign_registrations_are_bounded_and_the_longest_idle_makes_room",
     "test_acks_are_remembered_up_to_a_bound",
     "test_a_serial_is_admitted_once_and_only_if_it_is_not_too_old",
+    "test_nobody_listening_is_known_at_once",
+    "test_a_request_in_flight_hears_at_once_that_the_server_is_gone",
+    "test_a_denied_subject_is_known_at_once",
+    "test_one_request_too_many_is_refused_at_once_and_the_others_are_served",
+    "test_a_deadline_ends_the_handler_and_the_caller",
+    "test_a_deadline_that_passes_in_the_queue_is_told_without_work",
+    "test_a_cancellation_travels_down_three_hops",
+    "test_a_killed_client_s_work_ends_within_seconds",
+    "test_a_stream_that_is_closed_early_ends_its_handler",
+    "test_a_gap_in_a_stream_is_an_error_and_never_a_silently_lost_frame",
+    "test_a_worker_that_leaves_under_load_loses_no_request",
+    "test_a_message_over_max_payload_is_refused_here_and_the_connection_lives",
 }
-"""In other files of this folder."""
+"""In other files, those of the control plane among them."""

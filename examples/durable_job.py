@@ -1,0 +1,58 @@
+"""A durable job: stored by JetStream, done by whoever has room, and done though nobody worked when it was submitted.
+
+python examples/durable_job.py       # a server, a caller that comes and goes, then a worker, in one process
+"""
+
+import asyncio
+
+from bus import Bus, BusConfig, JobQueueConfig, Message, RequestRefused, current_job, embedded_server
+from schemas.fault import FaultCode
+
+
+class Transcode(Message, frozen=True, kw_only=True, tag="media.transcode"):
+    film: str
+
+
+TRANSCODE = JobQueueConfig(graph="media", queue="transcode", message_type=Transcode, concurrency=1, backoff_s=(0.1,))
+
+
+class Transcoder:
+    def __init__(self, num_jobs: int) -> None:
+        self.num_jobs = num_jobs
+        self.all_done = asyncio.Event()
+        self._done: set[str] = set()
+
+    async def transcode(self, job: Transcode) -> None:
+        this = current_job()
+        if not job.film.endswith(".mov"):
+            raise RequestRefused(FaultCode.UNSUPPORTED, f"{job.film} is no film")  # it would fail again: a dead letter
+        if job.film == "second.mov" and this.delivery_count == 1:
+            raise OSError("the disk is full")  # another try, after a pause
+        print(f"{this.job_id}: {job.film}, delivery {this.delivery_count}")
+        self._done.add(this.job_id)
+        if len(self._done) == self.num_jobs:
+            self.all_done.set()
+
+
+async def main() -> None:
+    async with embedded_server() as server:
+
+        def config(worker_id: str) -> BusConfig:
+            return BusConfig(worker_id=worker_id, nats_url=server.url)
+
+        async with Bus.open(config("caller"), data_plane=False) as bus:
+            for film in ("first.mov", "a song", "second.mov"):
+                await bus.submit(TRANSCODE, Transcode(film=film), job_id=f"film-{film[0]}")
+            again = await bus.submit(TRANSCODE, Transcode(film="first.mov"), job_id="film-f")
+            print("submitted twice, stored once:", again.duplicate)
+
+        async with Bus.open(config("transcoder-1"), data_plane=False) as bus:
+            transcoder = Transcoder(num_jobs=2)
+            await bus.work(TRANSCODE, transcoder.transcode)
+            await asyncio.wait_for(transcoder.all_done.wait(), 30)
+            for letter in await bus.dead_letters.list():
+                print(f"{letter.job_id}: dead, {letter.code}")
+
+
+if __name__ == "__main__":
+    asyncio.run(main())
