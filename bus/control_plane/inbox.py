@@ -21,7 +21,7 @@ from bus.control_plane.connection import Connection, Msg
 from bus.control_plane.expiry import Expiries
 from bus.deadline import Deadline
 from bus.errors import BusError, ConnectionLost, DeadlineExceeded, NoResponders, PeerLost, RemoteProtocolError
-from schemas.subjects import Subject
+from schemas.subjects import INBOX, Subject
 
 MAX_UNREAD_REPLIES = 65_536
 """Replies that wait unread before the waiter is failed: tokens of a stream whose consumer stopped reading."""
@@ -201,9 +201,11 @@ class Inbox:
 
     def _tells_of_the_other_side(self, message: Msg, token: str, waiter: Waiter | None) -> bool:
         if PROBE_HEADER in message.headers:
+            if not message.reply.startswith(f"{INBOX}."):
+                return True  # nobody makes us publish anywhere else
             if waiter is None:
                 self._say_that_nobody_waits(message.reply)
-            elif message.reply and isinstance(waiter, (SingleWaiter, StreamWaiter)):
+            elif isinstance(waiter, (SingleWaiter, StreamWaiter)):
                 self._workers[token] = _Worker(message.reply)
                 if self._looking is None:
                     self._look_later()
@@ -213,14 +215,14 @@ class Inbox:
             return False
         worker.num_misses += 1
         if worker.num_misses >= MAX_MISSES:
+            del self._workers[token]
             waiter.fail(PeerLost("the worker that had taken the request is gone", subject=waiter.subject))
         return True
 
     def _say_that_nobody_waits(self, link_subject: str) -> None:
         """The answer that the server gives for a process that is gone."""
-        if link_subject:
-            with suppress(BusError):
-                self._connection.publish_now(link_subject, b"", headers=_NOBODY_WAITS)
+        with suppress(BusError):
+            self._connection.publish_now(link_subject, b"", headers=_NOBODY_WAITS)
 
     def _look_later(self) -> None:
         loop = asyncio.get_running_loop()

@@ -329,6 +329,27 @@ async def test_a_request_that_is_looked_for_all_along_gets_its_answer(bus: Bus, 
     assert len(caller._inbox._waiters) == len(bus._inbox._waiters) == 0
 
 
+async def test_a_forged_probe_makes_nobody_publish_where_it_likes(bus: Bus, caller: Bus, raw: Client) -> None:
+    held, heard = Held(), list[Msg]()
+
+    async def hear(message: Msg) -> None:
+        heard.append(message)
+
+    await serve(bus, "probed", held)
+    await raw.subscribe("nixlbus.v1.event.calling.reaped", cb=hear)
+    request = asyncio.create_task(caller.request(subject("probed"), Ask(), Told, timeout_s=LONG_S))
+    await asyncio.wait_for(held.begun.wait(), SOON_S)
+    for token in (*caller._inbox._waiters, "ffff"):
+        reply = "nixlbus.v1.event.calling.reaped"
+        await raw.publish(f"{caller._inbox._prefix}.{token}", b"", reply=reply, headers={"Nixlbus-Probe": "1"})
+    await raw.flush()
+    await asyncio.sleep(1.3)  # until callers look for their workers
+    held.release.set()
+    await request
+    await raw.flush()
+    assert heard == []
+
+
 WORKER = textwrap.dedent("""
     import asyncio, sys
     from bus import Bus, BusConfig, EndpointConfig, Frame
