@@ -247,17 +247,53 @@ class Bus:
             retry=retry or ONCE,
         )
 
+    @overload
+    def request_many(
+        self,
+        call: UnaryCall[Q, M],
+        message: Q,
+        /,
+        *,
+        timeout_s: float | None = None,
+        quiet_s: float | None = None,
+        max_replies: int | None = None,
+    ) -> AsyncGenerator[M | RemoteFault, None]: ...
+
+    @overload
     def request_many(
         self,
         subject: Subject,
         message: Message,
         reply_type: type[M],
+        /,
         *,
         timeout_s: float,
         quiet_s: float | None = None,
         max_replies: int | None = None,
-    ) -> AsyncGenerator[M | RemoteFault, None]:
-        """Ask everybody who listens on `subject` and yield their replies as they come; see `Caller.request_many`."""
+    ) -> AsyncGenerator[M | RemoteFault, None]: ...
+
+    def request_many(
+        self,
+        target: UnaryCall[Any, Any] | Subject,
+        message: Message,
+        reply_type: Any = None,
+        /,
+        *,
+        timeout_s: float | None = None,
+        quiet_s: float | None = None,
+        max_replies: int | None = None,
+    ) -> AsyncGenerator[Any, None]:
+        """Ask everybody who listens and yield their replies, or their `RemoteFault`s, as they come.
+
+        `target`: as for `request`; an endpoint that every instance hears is declared with `queue_group=""`. It ends
+        after `timeout_s`, `quiet_s` without a further reply, or `max_replies`. Raises `NoResponders`, `ConnectionLost`.
+        """
+        if isinstance(target, UnaryCall):
+            subject, reply_type = target.place.subject(self.subjects), target.reply_type
+            timeout_s = target.timeout_s if timeout_s is None else timeout_s
+        else:
+            subject = target
+        assert timeout_s is not None
         return self._caller.request_many(
             subject, message, reply_type, timeout_s=timeout_s, quiet_s=quiet_s, max_replies=max_replies
         )
@@ -369,7 +405,7 @@ class Bus:
             metadata={"nixlbus": version, "epoch": self.epoch, **metadata},
         )
         shown = [endpoint for endpoint in self._endpoints if endpoint.config.traced]
-        self._service = Service(self._connection, identity, shown)
+        self._service = Service(self._connection, identity, [*shown, *self._durable.consumers])
         await self._service.open()
         await self._connection.confirm_subscriptions(self.config.connect_timeout_s)
 

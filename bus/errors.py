@@ -105,10 +105,11 @@ class IncompatiblePeer(BusError):
 
 
 class RemoteFault(BusError):
-    """A peer answered with a fault. Attribute: `fault`, as it came."""
+    """A peer answered with a fault. Attributes: `fault`, as it came, and `code`, the fault's."""
 
     def __init__(self, fault: Fault, *, subject: str = "") -> None:
         self.fault = fault
+        self.code = fault.code  # type: ignore[misc,assignment]  # of the fault, which may be one of the future
         super().__init__(fault.message, remedy=fault.remedy, peer=fault.worker_id, subject=subject)
 
 

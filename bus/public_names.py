@@ -82,6 +82,7 @@ from bus.operations.claim import Claim, PendingClaim
 from bus.operations.initiator import OperationReport, ReadOperation, WriteOperation
 from bus.operations.lifecycle import GrantState
 from bus.operations.target import OperationStatus, PeerOutcome, ReadableOperation, WritableOperation
+from schemas.fault import Fault, FaultCode
 from schemas.media import MediaReference
 from schemas.message import Message, Part
 from schemas.operations import CompletionAck, Initiator, ProcessIdentity, RdmaMetadata
@@ -118,6 +119,8 @@ __all__ = [
     "DurableWorkUnavailable",
     "EmbeddedServer",
     "EndpointConfig",
+    "Fault",
+    "FaultCode",
     "ForeignGrant",
     "Frame",
     "GrantState",

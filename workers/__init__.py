@@ -3,7 +3,7 @@
 The names that a worker of one's own is written with are here; importing them needs neither torch nor nixl.
 """
 
-from workers.declaration import endpoint, on_event
+from workers.declaration import endpoint, job, on_event
 from workers.worker import Worker
 
-__all__ = ["Worker", "endpoint", "on_event"]
+__all__ = ["Worker", "endpoint", "job", "on_event"]

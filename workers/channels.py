@@ -21,7 +21,7 @@ from schemas.performance import (
 )
 from schemas.stream import frames_of
 from schemas.subjects import Subject, Subjects
-from workers.declaration import DeclaredEndpoint, EventHandler, StreamEndpoint, declared
+from workers.declaration import DeclaredEndpoint, DeclaredJob, EventHandler, StreamEndpoint, declared
 from workers.worker import Worker
 
 _WORKER = placeholder("worker_id")
@@ -36,6 +36,8 @@ def class_channels(worker_type: type[Worker], subjects: Subjects, group: str = "
         yield _endpoint(endpoint, worker_type, subjects, group or worker_type.group)
     for handler in declared(worker_type, EventHandler):
         yield _event(handler, subjects)
+    for found in declared(worker_type, DeclaredJob):
+        yield _job(found, subjects, group or worker_type.group)
     if worker_type.needs_data_plane:
         yield from _performance(subjects)
 
@@ -79,6 +81,21 @@ def _event(handler: EventHandler, subjects: Subjects) -> Channel:
         request=json_schema(handler.request_type),
         queue_group=handler.queue_group,
         details={"concurrency": handler.concurrency},
+    )
+
+
+def _job(found: DeclaredJob, subjects: Subjects, group: str) -> Channel:
+    queue = found.within(group)
+    subject = queue.subject(subjects)
+    return Channel(
+        name=_name(subject),
+        address=address_of(subject),
+        kind="job",
+        summary=_first_line(found.__doc__),
+        request=json_schema(found.request_type),
+        queue_group=queue.durable,
+        public=queue.public,
+        details={"concurrency": queue.concurrency, "timeout_ms": int(queue.max_duration_s * 1000)},
     )
 
 

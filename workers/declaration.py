@@ -1,4 +1,4 @@
-"""What a worker's class declares: endpoints that answer requests, and handlers of events.
+"""What a worker's class declares: endpoints that answer requests, handlers of events, queues of jobs.
 
 In: typed async methods. Out: on the class, what a caller needs (`UnaryCall`, `StreamCall`, for `Bus.request` and
 `Bus.stream`); on an instance, the bound method itself. Types come from the annotations and are checked when a worker
@@ -6,12 +6,12 @@ begins to serve, before it subscribes to anything.
 """
 
 import inspect
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import UnionType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, Union, get_args, get_origin, get_type_hints, overload
 
-from bus import Middleware, Place, RetryPolicy, StreamCall, UnaryCall
+from bus import JobQueueConfig, Middleware, Place, RetryPolicy, StreamCall, UnaryCall
 from schemas.message import Message
 
 if TYPE_CHECKING:
@@ -183,6 +183,44 @@ def on_event(
 
     def declare(method: Callable[[Any, Q], Awaitable[None]]) -> EventHandler:
         return EventHandler(method, kind, queue_group, concurrency)
+
+    return declare
+
+
+class DeclaredJob(Declared):
+    """A method that does the jobs of a queue. On the class it is the queue, for `Bus.submit`."""
+
+    def __init__(self, method: Callable[..., Any], queue: str, settings: Mapping[str, Any]) -> None:
+        super().__init__(method)
+        self._queue = queue
+        self._settings = settings
+
+    def within(self, group: str) -> JobQueueConfig:
+        """The queue, in a group. Raises `TypeError`, and `LocalProtocolError` for settings that can't be used."""
+        return JobQueueConfig(
+            graph=group, queue=self._queue or self.name, message_type=self.request_type, **self._settings
+        )
+
+    @overload
+    def __get__(self, worker: None, owner: "type[Worker]") -> JobQueueConfig: ...
+
+    @overload
+    def __get__(self, worker: "Worker", owner: "type[Worker]") -> Callable[[Any], Awaitable[None]]: ...
+
+    def __get__(self, worker: "Worker | None", owner: "type[Worker]") -> Any:
+        return self.within(owner.group) if worker is None else self.bound(worker)
+
+
+def job(queue: str = "", **settings: Any) -> Callable[[Callable[[Any, Q], Awaitable[None]]], DeclaredJob]:
+    """Declare a method as the one that does the jobs of a queue, `job.<group>.<queue>`; the method's name if empty.
+
+    `settings` are those of `JobQueueConfig`: concurrency, ack_wait_s, max_duration_s, max_deliver, backoff_s and the
+    others. A job is submitted with `await bus.submit(Media.transcode, Transcode(...), job_id="...")`, kept in JetStream
+    until the method has returned, delivered again if it raises, and a dead letter in the end.
+    """
+
+    def declare(method: Callable[[Any, Q], Awaitable[None]]) -> DeclaredJob:
+        return DeclaredJob(method, queue, settings)
 
     return declare
 

@@ -21,7 +21,7 @@ from typing import Any, ClassVar, Self
 
 from bus import Bus, BusConfig, EndpointConfig, Middleware
 from schemas.message import Message
-from workers.declaration import DeclaredEndpoint, EventHandler, declared
+from workers.declaration import DeclaredEndpoint, DeclaredJob, EventHandler, declared
 
 DRAIN_TIMEOUT_S = 10.0
 """A request in flight gets this long after SIGTERM; Kubernetes kills after 30 s unless told otherwise."""
@@ -81,6 +81,7 @@ class Worker:
             (self._endpoint_config(found), found.bound(self)) for found in declared(type(self), DeclaredEndpoint)
         ]
         handlers = [(found, found.request_type) for found in declared(type(self), EventHandler)]
+        jobs = [(found.within(self.group), found.bound(self)) for found in declared(type(self), DeclaredJob)]
         for config, method in endpoints:
             await self.bus.serve(config, method)
         for handler, event_type in handlers:
@@ -93,6 +94,8 @@ class Worker:
                 timeout_s=self.timeout_s,
                 middleware=tuple(self.middleware),
             )
+        for queue, method in jobs:
+            await self.bus.work(queue, method)
         if self.needs_data_plane:
             from workers import performance  # it needs torch, which workers without tensors don't
 

@@ -15,8 +15,8 @@ from typing import Any
 import msgspec
 
 from bus.control_plane.connection import Connection, Msg, Subscription
-from bus.control_plane.endpoint import Endpoint
 from bus.control_plane.inbox import Inbox
+from bus.control_plane.listing import Listed, Listing
 from bus.deadline import Deadline
 from bus.errors import BusError, DeadlineExceeded, NoResponders
 from schemas.codec import message_tags
@@ -51,37 +51,14 @@ class EndpointInfo(msgspec.Struct, frozen=True, kw_only=True):
     metadata: dict[str, str]
 
 
-class EndpointLoad(msgspec.Struct, frozen=True, kw_only=True):
-    """What STATS tells beyond the fields that ADR-32 has."""
-
-    refused: int
-    cancelled: int
-    active: int
-    queued: int
-
-
-class EndpointStatistics(msgspec.Struct, frozen=True, kw_only=True):
-    """What STATS tells of an endpoint, times in nanoseconds."""
-
-    name: str
-    subject: str
-    queue_group: str
-    num_requests: int
-    num_errors: int
-    last_error: str
-    processing_time: int
-    average_processing_time: int
-    data: EndpointLoad
-
-
 class Service:
     """Answers discovery for one worker."""
 
-    def __init__(self, connection: Connection, identity: ServiceIdentity, endpoints: Sequence[Endpoint]) -> None:
+    def __init__(self, connection: Connection, identity: ServiceIdentity, listed: Sequence[Listed]) -> None:
         self._connection = connection
         self._identity = identity
-        self._endpoints = endpoints
-        self._infos = _infos(endpoints, min(MAX_SCHEMAS_BYTES, connection.max_payload_bytes // 4))
+        self._listed = listed
+        self._infos = _infos(listed, min(MAX_SCHEMAS_BYTES, connection.max_payload_bytes // 4))
         self._started = datetime.now(UTC).isoformat().replace("+00:00", "Z")
         self._subscriptions: list[Subscription] = []
 
@@ -97,7 +74,7 @@ class Service:
         await asyncio.gather(*(self._connection.unsubscribe(subscription) for subscription in self._subscriptions))
 
     def _on_message(self, message: Msg) -> None:
-        ours = self._endpoints[0].config.subject if self._endpoints else message.subject
+        ours = self._infos[0].subject if self._infos else message.subject
         if may_be_answered(message.reply, ours):
             verb = message.subject.split(".")[1]
             self._connection.publish_now(message.reply, msgspec.json.encode(self._answer(verb)))
@@ -112,7 +89,7 @@ class Service:
             answer["endpoints"] = self._infos
         if verb == "STATS":
             answer["started"] = self._started
-            answer["endpoints"] = [_statistics(endpoint) for endpoint in self._endpoints]
+            answer["endpoints"] = [each.statistics() for each in self._listed]
         return answer
 
 
@@ -150,44 +127,39 @@ async def _ask_all(connection: Connection, inbox: Inbox, subject: str, timeout_s
     return [answer for answer in answers if isinstance(answer, Mapping) and "id" in answer and "name" in answer]
 
 
-def _infos(endpoints: Sequence[Endpoint], budget_bytes: int) -> list[EndpointInfo]:
+def _infos(listed: Sequence[Listed], budget_bytes: int) -> list[EndpointInfo]:
     infos = []
-    for endpoint in endpoints:
-        metadata = _metadata(endpoint)
-        for direction, message_type in _types(endpoint):
+    for listing in (each.listing() for each in listed):
+        metadata = _metadata(listing)
+        for direction, message_type in _types(listing):
             text = _schema_text(message_type)
             if text:
                 metadata[f"{direction}_schema_id"] = schema_id(text)
             if text and len(text) <= min(MAX_SCHEMA_BYTES, budget_bytes):
                 metadata[f"{direction}_schema"] = text
                 budget_bytes -= len(text)
-        config = endpoint.config
         infos.append(
-            EndpointInfo(
-                name=config.name, subject=config.subject.name, queue_group=config.queue_group, metadata=metadata
-            )
+            EndpointInfo(name=listing.name, subject=listing.subject, queue_group=listing.queue_group, metadata=metadata)
         )
     return infos
 
 
-def _metadata(endpoint: Endpoint) -> dict[str, str]:
-    config = endpoint.config
-    metadata = {direction: ",".join(message_tags(message_type)) for direction, message_type in _types(endpoint)}
-    metadata["kind"] = endpoint.kind
-    metadata["concurrency"] = str(config.concurrency)
-    metadata["max_queued"] = str(config.max_queued)
-    metadata["timeout_ms"] = str(int(config.default_ttl_s * 1000))
-    if config.public:
+def _metadata(listing: Listing) -> dict[str, str]:
+    metadata = {direction: ",".join(message_tags(message_type)) for direction, message_type in _types(listing)}
+    metadata["kind"] = listing.kind
+    metadata["concurrency"] = str(listing.concurrency)
+    metadata["max_queued"] = str(listing.max_queued)
+    metadata["timeout_ms"] = str(int(listing.timeout_s * 1000))
+    if listing.public:
         metadata["public"] = "true"
     return metadata
 
 
-def _types(endpoint: Endpoint) -> list[tuple[str, Any]]:
-    config = endpoint.config
-    reply_type = None if config.one_way else config.reply_type
-    if reply_type is not None and endpoint.kind == "stream":
+def _types(listing: Listing) -> list[tuple[str, Any]]:
+    reply_type = listing.reply_type
+    if reply_type is not None and listing.kind == "stream":
         reply_type = frames_of(reply_type)
-    both = (("request", config.request_type), ("reply", reply_type))
+    both = (("request", listing.request_type), ("reply", reply_type))
     return [(direction, message_type) for direction, message_type in both if message_type is not None]
 
 
@@ -196,23 +168,3 @@ def _schema_text(message_type: Any) -> str:
         return schema_text(message_type)
     except TypeError:
         return ""  # a field without a counterpart in JSON: the tags must do
-
-
-def _statistics(endpoint: Endpoint) -> EndpointStatistics:
-    config, stats = endpoint.config, endpoint.stats
-    return EndpointStatistics(
-        name=config.name,
-        subject=config.subject.name,
-        queue_group=config.queue_group,
-        num_requests=stats.num_requests,
-        num_errors=stats.num_errors,
-        last_error=stats.last_error,
-        processing_time=stats.processing_time_ns,
-        average_processing_time=stats.processing_time_ns // stats.num_requests if stats.num_requests else 0,
-        data=EndpointLoad(
-            refused=stats.num_refused,
-            cancelled=stats.num_cancelled,
-            active=stats.num_active,
-            queued=endpoint.num_queued,
-        ),
-    )

@@ -21,6 +21,7 @@ from typing import Any
 
 from bus.control_plane.connection import Connection, Msg, Subscription
 from bus.control_plane.inbox import Inbox
+from bus.control_plane.listing import Listing, Load, Statistics
 from bus.control_plane.request_context import Middleware, working_on
 from bus.control_plane.work import Work
 from bus.deadline import work_under
@@ -114,17 +115,41 @@ class Endpoint:
         self._loop = asyncio.get_running_loop()
         self._context = copy_context()
 
-    @property
-    def kind(self) -> str:
-        """What it is to a caller: "unary", "stream" or "event"."""
-        if self.config.one_way:
-            return "event"
-        return "stream" if inspect.isasyncgenfunction(self._handler) else "unary"
+    def listing(self) -> Listing:
+        """What discovery tells of it."""
+        config = self.config
+        return Listing(
+            name=config.name,
+            subject=config.subject.name,
+            queue_group=config.queue_group,
+            kind="event" if config.one_way else "stream" if self._is_stream else "unary",
+            request_type=config.request_type,
+            reply_type=None if config.one_way else config.reply_type,
+            concurrency=config.concurrency,
+            max_queued=config.max_queued,
+            timeout_s=config.default_ttl_s,
+            public=config.public,
+        )
 
-    @property
-    def num_queued(self) -> int:
-        """Requests that wait for a slot."""
-        return len(self._waiting)
+    def statistics(self) -> Statistics:
+        """What discovery tells of its work."""
+        config, stats = self.config, self.stats
+        return Statistics(
+            name=config.name,
+            subject=config.subject.name,
+            queue_group=config.queue_group,
+            num_requests=stats.num_requests,
+            num_errors=stats.num_errors,
+            last_error=stats.last_error,
+            processing_time=stats.processing_time_ns,
+            average_processing_time=stats.processing_time_ns // stats.num_requests if stats.num_requests else 0,
+            data=Load(
+                refused=stats.num_refused,
+                cancelled=stats.num_cancelled,
+                active=stats.num_active,
+                queued=len(self._waiting),
+            ),
+        )
 
     async def open(self) -> None:
         """Subscribe."""

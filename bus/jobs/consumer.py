@@ -15,6 +15,7 @@ from contextvars import Context
 from dataclasses import dataclass, field
 
 from bus.control_plane.delivery import IN_PROGRESS, Delivery
+from bus.control_plane.listing import Listing, Load, Statistics
 from bus.control_plane.pull import LONGEST_REQUEST_S, PullSubscription
 from bus.errors import BusError
 from bus.jobs.settlement import HAND_BACK_TIMEOUT_S, Settlement, Workplace
@@ -64,6 +65,33 @@ class JobConsumer:
             await self._pull.close()
             raise
         self._speaking = asyncio.create_task(self._speak(), context=Context())
+
+    def listing(self) -> Listing:
+        """What discovery tells of it."""
+        config = self.config
+        return Listing(
+            name=config.queue,
+            subject=self._place.subject.name,
+            queue_group=config.durable,
+            kind="job",
+            request_type=config.message_type,
+            concurrency=config.concurrency,
+            timeout_s=config.max_duration_s,
+            public=config.public,
+        )
+
+    def statistics(self) -> Statistics:
+        """What discovery tells of its work: deliveries that were settled; a retry and a dead letter are errors."""
+        stats = self.stats
+        num_errors = stats.num_retried + stats.num_dead
+        return Statistics(
+            name=self.config.queue,
+            subject=self._place.subject.name,
+            queue_group=self.config.durable,
+            num_requests=stats.num_done + stats.num_skipped + num_errors,
+            num_errors=num_errors,
+            data=Load(active=self.num_active),
+        )
 
     @property
     def num_active(self) -> int:

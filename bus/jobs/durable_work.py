@@ -96,6 +96,11 @@ class DurableWork:
         await asyncio.gather(*(consumer.drain(timeout_s) for consumer in consumers))
 
     @property
+    def consumers(self) -> list[JobConsumer]:
+        """The queues that are worked on here."""
+        return list(self._consumers)
+
+    @property
     def num_active(self) -> int:
         """Jobs in hand."""
         return sum(consumer.num_active for consumer in self._consumers)

@@ -1,5 +1,7 @@
 """What a worker's class declares, and what becomes of it on a real bus."""
 
+import asyncio
+import secrets
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -9,7 +11,7 @@ import pytest
 from bus import Bus, BusConfig, EmbeddedServer, Frame, LastFrame, Message, RemoteFault, RequestContext, current_request
 from bus.errors import RequestRefused
 from schemas.fault import FaultCode
-from workers import Worker, endpoint, on_event
+from workers import Worker, endpoint, job, on_event
 from workers.declaration import DeclaredEndpoint, declared, request_type
 from workers.roles import GRAPH_ROLES, role_class, role_names
 
@@ -77,6 +79,10 @@ class Calculator(Worker):
         assert context.worker_id == self.bus.worker_id
         return Sum(total=len(context.request_id))
 
+    @job("slow-sums", max_deliver=2, backoff_s=(0.05,))
+    async def sum_slowly(self, request: Add) -> None:
+        self.log.append(f"job {request.a + request.b}")
+
     @on_event("added")
     async def on_added(self, event: Sum) -> None:
         self.log.append(f"added {event.total}")
@@ -141,6 +147,21 @@ async def test_middleware_refuses_and_replaces(calculator: Calculator, client: B
         await client.request(Calculator.add, Add(a=13))
     assert caught.value.fault.code == "unsupported"
     assert (await client.request(Calculator.add, Add(a=14))).total == 1100
+
+
+async def test_a_job_is_submitted_by_its_class_done_and_listed(calculator: Calculator, client: Bus) -> None:
+    job_id = secrets.token_hex(8)
+    receipt = await client.submit(Calculator.sum_slowly, Add(a=20, b=3), job_id=job_id)
+    assert (receipt.job_id, receipt.duplicate) == (job_id, False)
+    assert (await client.submit(Calculator.sum_slowly, Add(a=20, b=3), job_id=job_id)).duplicate
+    async with asyncio.timeout(10):
+        while "job 23" not in calculator.log:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    (service,) = [each for each in await client.services() if each["id"] == "calculator-1"]
+    (listed,) = [each for each in service["endpoints"] if each["metadata"]["kind"] == "job"]
+    assert (listed["name"], listed["subject"]) == ("slow-sums", "nixlbus.v1.job.math.slow-sums")
+    assert (listed["metadata"]["request"], listed["num_errors"]) == ("test.add", 0)
+    assert calculator.log.count("job 23") == 1
 
 
 async def test_events_reach_every_handler(calculator: Calculator, client: Bus) -> None:

@@ -43,12 +43,12 @@ async def test_each_delivery_is_a_span_below_the_submission_and_links_to_the_one
     (sent,) = [span for span in spans if span.name.startswith("send job.")]
     first, second = sorted(
         (span for span in spans if span.name.startswith("process job.")),
-        key=lambda span: span.attributes["messaging.nats.delivery_count"],
+        key=lambda span: span.attributes["nixl.job.delivery_count"],
     )
     assert sent.kind == "producer"
     assert first.kind == second.kind == "consumer"
     assert first.parent_id == second.parent_id == sent.span_id
     assert [link.span_id for link in first.links] == [sent.span_id]
     assert [link.span_id for link in second.links] == [sent.span_id, first.span_id]
-    assert [each.attributes["messaging.nats.delivery_count"] for each in (first, second)] == [1, 2]
+    assert [each.attributes["nixl.job.delivery_count"] for each in (first, second)] == [1, 2]
     assert "ValueError" in str(first)
