@@ -90,7 +90,7 @@ def _validation_error(error: msgspec.ValidationError, message_type: Any) -> Mess
     if text.startswith("Expected `object`, got") and " - at" not in text:
         return MalformedMessage(f"the payload is no map: {text}")
     if text.endswith("`$.type`") or text == "Object missing required field `type`":
-        return UnknownMessageType(message_tags(message_type), text)
+        return UnknownMessageType(message_tags(message_type), text[:300])
     return InvalidMessage(text[:300])
 
 

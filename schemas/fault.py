@@ -68,6 +68,7 @@ HTTP_STATUS = MappingProxyType(
         FaultCode.PAYLOAD_TOO_LARGE: 413,
         FaultCode.PERMISSION_DENIED: 403,
         FaultCode.POOL_EXHAUSTED: 503,
+        FaultCode.PEER_LOST: 503,
         FaultCode.DURABLE_WORK_UNAVAILABLE: 503,
     }
 )
@@ -79,6 +80,7 @@ RETRYABLE = frozenset(
         FaultCode.OVERLOADED,
         FaultCode.DRAINING,
         FaultCode.DECLINED,
+        FaultCode.CANCELLED,
         FaultCode.CONNECTION_LOST,
         FaultCode.POOL_EXHAUSTED,
         FaultCode.PEER_LOST,

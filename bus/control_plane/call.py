@@ -241,11 +241,12 @@ class RequestIds:
 class _Attempts:
     """The attempts of one call: counts them, and pauses between."""
 
-    __slots__ = ("_deadline", "_num_failed", "_num_passed", "_policy", "_span", "avoided")
+    __slots__ = ("_deadline", "_num_failed", "_num_passed", "_policy", "_refused", "_span", "avoided")
 
     def __init__(self, policy: RetryPolicy, deadline: Deadline, span: Span | None) -> None:
         self.avoided: tuple[str, ...] = ()
-        """Workers that refused."""
+        """Workers that refused, for as long as others may be found."""
+        self._refused: set[str] = set()
         self._policy = policy
         self._deadline = deadline
         self._span = span
@@ -260,11 +261,14 @@ class _Attempts:
                 self.avoided = ()
             return
         self._num_failed += 1
-        pause_s = self._policy.pause_s(error, self._num_failed, self._deadline.remaining_s)
+        elsewhere = bool(error.peer) and error.peer not in self._refused
+        pause_s = self._policy.pause_s(error, self._num_failed, self._deadline.remaining_s, elsewhere=elsewhere)
         if pause_s is None:
             raise error
         if self._span:
             self._span.event("retry", {"error": str(error), "pause_ms": round(pause_s * 1e3, 1)})
+        if error.peer:
+            self._refused.add(error.peer)
         if error.peer and error.peer not in self.avoided:
             self.avoided = (*self.avoided, error.peer)[-MAX_PASSES:]
         self._num_passed = 0

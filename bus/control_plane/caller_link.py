@@ -7,15 +7,14 @@ probed: an empty message that asks for nothing, whose undeliverability NATS repo
 """
 
 import asyncio
+import math
+import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 
 from bus.control_plane.connection import Connection, Msg
-from bus.control_plane.direct_client import header_block
-from bus.control_plane.inbox import PROBE_HEADER, Inbox, is_no_responders
+from bus.control_plane.inbox import PROBE, Inbox, is_no_responders
 from bus.errors import BusError
-
-_PROBE = header_block({PROBE_HEADER: "1"})
 
 
 class CallerLink:
@@ -31,6 +30,7 @@ class CallerLink:
         self._window_frames = window_frames
         self._ask_every = max(1, window_frames // 2)
         self._num_read = 0
+        self.probed_at_s = -math.inf
         self._on_gone: Callable[[], None] | None = on_gone
         self._opened: asyncio.Future[None] | None = None
         self._listening = ExitStack()
@@ -47,9 +47,10 @@ class CallerLink:
             await self._opened
 
     def probe(self) -> None:
-        """Find out whether the caller still listens."""
+        """Find out whether the caller still listens, and tell it where to look for us."""
+        self.probed_at_s = time.monotonic()
         with suppress(BusError):
-            self._connection.publish_now(self._reply_subject, b"", reply=self._credit_subject, headers=_PROBE)
+            self._connection.publish_now(self._reply_subject, b"", reply=self._credit_subject, headers=PROBE)
 
     def take(self, message: Msg) -> None:
         """Credit, or that there is nobody."""

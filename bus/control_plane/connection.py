@@ -72,6 +72,7 @@ class Connection:
         self._denied_subscription = ""
         self._is_open = False
         self._rebuilding: asyncio.Task[None] | None = None
+        self._retiring: set[asyncio.Task[None]] = set()
         self._stuck: asyncio.TimerHandle | None = None
         self._client = self._new_client()
 
@@ -188,18 +189,9 @@ class Connection:
         The server is told first, and the subscription kept until two flushes are through (`confirm_subscriptions`).
         """
         self._subscriptions.discard(subscription)
-        client = self._client
-        number = subscription.numbers.pop(client, None)
-        if number is None or not client.is_connected:
-            return
-        try:
-            async with asyncio.timeout(timeout_s):
-                await client.stop_receiving(number)
-                await self.confirm_subscriptions(timeout_s)
-        except (TimeoutError, OSError, NatsError, ConnectionLost) as error:
-            _LOG.debug("unsubscribing from %s: %s", subscription.subject, error)
-        finally:
-            client.forget(number)
+        numbers = dict(subscription.numbers)  # two during a move
+        subscription.numbers.clear()
+        await asyncio.gather(*(self._stop_listening(client, number, timeout_s) for client, number in numbers.items()))
 
     async def flush(self, timeout_s: float) -> None:
         """Wait until the server has seen everything published and subscribed so far."""
@@ -211,8 +203,7 @@ class Connection:
         Two flushes: with nats-server 2.15, after one, a request from another connection met "no responders" in 2 to 7
         of 100 tries; after two in none of 1,500. Raises `PermissionDenied` if the server denied one of them.
         """
-        await self.flush(timeout_s)
-        await self.flush(timeout_s)
+        await self._flush_twice(self._client, timeout_s)
         denied, self._denied_subscription = self._denied_subscription, ""
         if denied:  # the server's refusal came before its answer to the flush
             raise PermissionDenied("the NATS server denied a subscription", subject=denied)
@@ -227,9 +218,10 @@ class Connection:
         self._tell(ConnectionLost("the connection to NATS was closed here"), "")
         if self._stuck:
             self._stuck.cancel()
-        if self._rebuilding:
-            self._rebuilding.cancel()
-            await asyncio.gather(self._rebuilding, return_exceptions=True)
+        ending = [*self._retiring, *([self._rebuilding] if self._rebuilding else [])]
+        for task in ending:
+            task.cancel()
+        await asyncio.gather(*ending, return_exceptions=True)
         await self._end(self._client, timeout_s)
 
     def _new_client(self) -> DirectClient:
@@ -278,16 +270,35 @@ class Connection:
             ) from None
 
     async def _listen(self, client: DirectClient, subscription: Subscription) -> None:
-        subscription.numbers[client] = await client.receive(
-            subscription.subject, subscription.queue_group, subscription.callback
-        )
+        number = await client.receive(subscription.subject, subscription.queue_group, subscription.callback)
+        if subscription in self._subscriptions:
+            subscription.numbers[client] = number
+        else:  # it was unsubscribed meanwhile
+            await self._stop_listening(client, number, 2.0)
+
+    async def _stop_listening(self, client: DirectClient, number: int, timeout_s: float) -> None:
+        try:
+            if client.is_connected:
+                async with asyncio.timeout(timeout_s):
+                    await client.stop_receiving(number)
+                    await self._flush_twice(client, timeout_s)
+        except (TimeoutError, OSError, NatsError, ConnectionLost) as error:
+            _LOG.debug("%s unsubscribes: %s", self.name, error)
+        finally:
+            client.forget(number)  # nor will a reconnect subscribe to it again
 
     async def _flush(self, client: DirectClient, timeout_s: float) -> None:
+        if not client.is_connected:  # nats-py would return at once, as if all were well
+            raise ConnectionLost("not connected to NATS right now")
         try:
             async with asyncio.timeout(timeout_s):
                 await client.flush()
         except (TimeoutError, OSError, NatsError) as error:
             raise ConnectionLost(f"NATS did not answer a flush within {timeout_s:g} s: {error}") from None
+
+    async def _flush_twice(self, client: DirectClient, timeout_s: float) -> None:
+        await self._flush(client, timeout_s)
+        await self._flush(client, timeout_s)
 
     def _on_error(self, client: DirectClient, error: Exception) -> None:
         self._last_error = str(error) or type(error).__name__
@@ -332,10 +343,7 @@ class Connection:
             client = self._new_client()
             try:
                 await self._connect(client, servers, 5.0)
-                for subscription in list(self._subscriptions):
-                    await self._listen(client, subscription)
-                await self._flush(client, 5.0)
-                await self._flush(client, 5.0)
+                await self._take_over(client)
                 break
             except (ConnectionLost, OSError, NatsError) as error:
                 _LOG.info("%s has no new connection yet: %s", self.name, error)
@@ -344,11 +352,24 @@ class Connection:
                 await self._discard(client)
                 raise
             await asyncio.sleep(REBUILD_PAUSES_S[min(attempt, len(REBUILD_PAUSES_S) - 1)])
-            if old.is_connected and not old._server_info.get("ldm"):
+            if old.is_connected and not _is_leaving(old):
                 return  # it came back by itself
         self._client = client
         self.num_rebuilt += 1
-        await self._retire(old)
+        self._rebuilding = None
+        retiring = asyncio.get_running_loop().create_task(self._retire(old), context=Context())
+        self._retiring.add(retiring)
+        retiring.add_done_callback(self._retiring.discard)
+        if client.is_closed or _is_leaving(client):  # since it was made
+            self._rebuild(client, "the new server is about to stop too")
+
+    async def _take_over(self, client: DirectClient) -> None:
+        """Subscribe to what isn't subscribed to on `client`, in one round: what comes meanwhile needs another."""
+        missing = [subscription for subscription in self._subscriptions if client not in subscription.numbers]
+        for subscription in missing:
+            if subscription in self._subscriptions:
+                await self._listen(client, subscription)
+        await self._flush_twice(client, 5.0)
 
     def _servers_known_to(self, client: DirectClient) -> list[str]:
         """Ours, and those that the cluster told of, if nothing in our URL belongs to our own servers alone."""
@@ -357,12 +378,18 @@ class Connection:
 
     async def _retire(self, old: DirectClient) -> None:
         """Let what the old client's server has sent arrive, then close it."""
-        if old.is_connected:
-            await asyncio.sleep(LINGER_S)
-            for subscription in list(self._subscriptions):
-                if old in subscription.numbers:
-                    await old.stop_receiving(subscription.numbers[old])
-        await self._discard(old)
+        try:
+            await self._take_over(self._client)  # what was subscribed to while it took over
+            if old.is_connected:
+                await asyncio.sleep(LINGER_S)
+                for subscription in list(self._subscriptions):
+                    if old in subscription.numbers:
+                        await old.stop_receiving(subscription.numbers[old])
+                await self._flush_twice(old, 2.0)
+        except (OSError, NatsError, ConnectionLost) as error:
+            _LOG.debug("leaving a server, %s: %s", self.name, error)
+        finally:
+            await self._discard(old)
 
     async def _discard(self, client: DirectClient) -> None:
         await self._end(client, 2.0)
@@ -381,3 +408,8 @@ class Connection:
     def _tell(self, error: ControlPlaneError, subject: str) -> None:
         for listener in self._listeners:
             listener(error, subject)
+
+
+def _is_leaving(client: DirectClient) -> bool:
+    """Whether its server has said that it will stop."""
+    return bool(client._server_info.get("ldm"))

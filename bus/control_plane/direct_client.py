@@ -148,6 +148,13 @@ class DirectClient(TlsClient):
             return
         await super()._process_pong()
 
+    async def _process_connect_init(self) -> None:
+        try:
+            await super()._process_connect_init()
+        except BaseException:
+            self._abort()  # nats-py leaves the socket of a greeting that failed to the garbage collector
+            raise
+
     async def _process_err(self, err_msg: str) -> None:
         text = err_msg.lower()
         if self.is_connecting or "permissions violation" in text or any(known in text for known in _INHERENT_ERRORS):

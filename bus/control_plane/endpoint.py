@@ -41,8 +41,11 @@ from schemas.subjects import InvalidIdentifier, Subject, may_be_answered
 Handler = Callable[[Any], Awaitable[Message | None] | AsyncGenerator[Message, None]]
 MAX_TTL_S = 3600.0
 MAX_WINDOW_FRAMES = 65_536
+PROBE_AFTER_S = 0.05
+"""When a request takes so long that its caller is looked for, and told where to look for us: a message more is little
+then. A worker that is killed before is missed by nothing but the caller's deadline."""
 PROBE_INTERVAL_S = 1.0
-"""How often the caller of a request that takes longer than this is looked for."""
+"""How often then."""
 _MIN_RETRY_AFTER_MS = 5
 
 _LOG = logging.getLogger(__name__)
@@ -170,7 +173,9 @@ class Endpoint:
         tasks = [work.task for work in self._running if work.task]
         await asyncio.gather(*tasks, return_exceptions=True)
         while self._waiting:
-            self._refuse(self._waiting.popleft(), Draining("the worker stopped before it began this"))
+            work = self._waiting.popleft()
+            work.let_go()
+            self._refuse(work, Draining("the worker stopped before it began this"))
         self._by_request_id.clear()
         if self._probing:
             self._probing.cancel()
@@ -184,6 +189,7 @@ class Endpoint:
             work.cancel_for_caller()
         else:
             self._waiting.remove(work)
+            work.let_go()
             del self._by_request_id[request_id]
             self.stats.num_cancelled += 1
         return True
@@ -229,7 +235,7 @@ class Endpoint:
         if work.request_id:
             self._by_request_id[work.request_id] = work
             if self._probing is None:
-                self._probing = self._loop.call_later(PROBE_INTERVAL_S, self._probe, context=Context())
+                self._probing = self._loop.call_later(PROBE_AFTER_S, self._probe, context=Context())
         work.task = self._loop.create_task(self._run(work), context=self._context.copy())
 
     async def _run(self, work: Work) -> None:
@@ -295,7 +301,7 @@ class Endpoint:
         if work.expired:
             return DeadlineExceeded("the request's time was up", subject=self.config.subject.name)
         if self._draining:
-            return Draining("the worker stopped while it worked on this")
+            return Cancelled("the worker stopped while it worked on this")  # it was begun: no refusal
         return Cancelled("something that the handler waited for was cancelled")
 
     def _admitted(self, work: Work) -> Message:
@@ -343,15 +349,15 @@ class Endpoint:
         )
 
     def _probe(self) -> None:
-        """Look for the callers of what has run for a while, and go on as long as something runs."""
+        """Look for the callers of what takes or waits long, and go on as long as something runs."""
         self._probing = None
-        asked_before_s = time.monotonic() - PROBE_INTERVAL_S
-        for work in self._running:
-            if work.request_id and work.message.reply and work.received_at_s < asked_before_s:
+        now_s = time.monotonic()
+        for work in (*self._running, *self._waiting):
+            if work.request_id and work.message.reply and work.received_at_s <= now_s - PROBE_AFTER_S:
                 with contextlib.suppress(BusError):
-                    work.look_for_caller()
+                    work.look_for_caller(now_s - PROBE_INTERVAL_S)
         if self._running:
-            self._probing = self._loop.call_later(PROBE_INTERVAL_S, self._probe, context=Context())
+            self._probing = self._loop.call_later(PROBE_AFTER_S, self._probe, context=Context())
 
     def _count_error(self, text: str) -> None:
         self.stats.num_errors += 1

@@ -4,7 +4,8 @@ In: messages on `_INBOX.<client>.<nonce>.<token>`. Out: each to the waiter of it
 Invariants: a waiter is told at once of "no responders", a lost connection and a denied subject (nats-py's own
 request() would time out); a token is used once and forgotten when its waiter leaves, so late replies are dropped.
 A message that asks for nothing but whether somebody is here (`PROBE_HEADER`) reaches no waiter: that it could be
-delivered is the answer, unless nobody waits for that reply any more, which is said.
+delivered is the answer, unless nobody waits for that reply any more, which is said. A worker probes while a request
+takes long; from then on its caller probes too, and hears of its death so.
 """
 
 import asyncio
@@ -12,17 +13,24 @@ import secrets
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
+from contextvars import Context
+from dataclasses import dataclass
 from typing import Protocol
 
 from bus.control_plane.connection import Connection, Msg
 from bus.control_plane.expiry import Expiries
 from bus.deadline import Deadline
-from bus.errors import BusError, ConnectionLost, DeadlineExceeded, NoResponders, RemoteProtocolError
-from schemas.subjects import Subject
+from bus.errors import BusError, ConnectionLost, DeadlineExceeded, NoResponders, PeerLost, RemoteProtocolError
+from schemas.subjects import INBOX, Subject
 
 MAX_UNREAD_REPLIES = 65_536
 """Replies that wait unread before the waiter is failed: tokens of a stream whose consumer stopped reading."""
 PROBE_HEADER = "Nixlbus-Probe"
+PROBE = f"NATS/1.0\r\n{PROBE_HEADER}: 1\r\n\r\n".encode()
+LOOK_INTERVAL_S = 1.0
+"""How often a caller looks for the worker of a request that takes long."""
+MAX_MISSES = 2
+"""A worker that is not found so often in a row is gone; once, it may have lost its connection for a moment."""
 _NOBODY_WAITS = b"NATS/1.0 503\r\n\r\n"
 
 
@@ -50,12 +58,9 @@ class SingleWaiter:
 
     def take(self, message: Msg) -> None:
         """Resolve `reply`."""
-        if message.header_block and not message.data:
-            if is_no_responders(message):
-                self.fail(NoResponders("nobody listens", subject=self.subject))
-                return
-            if PROBE_HEADER in message.headers:
-                return
+        if message.header_block and is_no_responders(message):
+            self.fail(NoResponders("nobody listens", subject=self.subject))
+            return
         if not self.reply.done():
             self.reply.set_result(message)
 
@@ -95,12 +100,9 @@ class StreamWaiter:
 
     def take(self, message: Msg) -> None:
         """Queue a reply for `next`."""
-        if message.header_block and not message.data:
-            if is_no_responders(message):
-                self.fail(NoResponders("nobody listens", subject=self.subject))
-                return
-            if PROBE_HEADER in message.headers:
-                return
+        if message.header_block and is_no_responders(message):
+            self.fail(NoResponders("nobody listens", subject=self.subject))
+            return
         self._put(message)
 
     def fail(self, error: BusError) -> None:
@@ -120,6 +122,14 @@ class StreamWaiter:
             self._arrived.set_result(None)
 
 
+@dataclass(slots=True)
+class _Worker:
+    """Who works on one of our requests."""
+
+    link_subject: str
+    num_misses: int = 0
+
+
 class Inbox:
     """The table of waiters of one connection."""
 
@@ -129,6 +139,8 @@ class Inbox:
         self._connection = connection
         self._prefix = f"{connection.inbox_prefix}.{secrets.token_hex(6)}"
         self._waiters: dict[str, Waiter] = {}
+        self._workers: dict[str, _Worker] = {}
+        self._looking: asyncio.TimerHandle | None = None
         self._serial = 0
         connection.on_loss(self._on_loss)
 
@@ -180,12 +192,50 @@ class Inbox:
         return f"{self._serial:x}"
 
     def _on_reply(self, message: Msg) -> None:
-        waiter = self._waiters.get(message.subject.rpartition(".")[2])
+        token = message.subject.rpartition(".")[2]
+        waiter = self._waiters.get(token)
+        if message.header_block and not message.data and self._tells_of_the_other_side(message, token, waiter):
+            return
         if waiter is not None:
             waiter.take(message)
-        elif message.reply and message.header_block and PROBE_HEADER in message.headers:
-            with suppress(BusError):  # the answer that the server gives for a caller whose process is gone
-                self._connection.publish_now(message.reply, b"", headers=_NOBODY_WAITS)
+
+    def _tells_of_the_other_side(self, message: Msg, token: str, waiter: Waiter | None) -> bool:
+        if PROBE_HEADER in message.headers:
+            if not message.reply.startswith(f"{INBOX}."):
+                return True  # nobody makes us publish anywhere else
+            if waiter is None:
+                self._say_that_nobody_waits(message.reply)
+            elif isinstance(waiter, (SingleWaiter, StreamWaiter)):
+                self._workers[token] = _Worker(message.reply)
+                if self._looking is None:
+                    self._look_later()
+            return True
+        worker = self._workers.get(token)
+        if worker is None or waiter is None or not is_no_responders(message):
+            return False
+        worker.num_misses += 1
+        if worker.num_misses >= MAX_MISSES:
+            del self._workers[token]
+            waiter.fail(PeerLost("the worker that had taken the request is gone", subject=waiter.subject))
+        return True
+
+    def _say_that_nobody_waits(self, link_subject: str) -> None:
+        """The answer that the server gives for a process that is gone."""
+        with suppress(BusError):
+            self._connection.publish_now(link_subject, b"", headers=_NOBODY_WAITS)
+
+    def _look_later(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._looking = loop.call_later(LOOK_INTERVAL_S, self._look, context=Context())
+
+    def _look(self) -> None:
+        self._looking = None
+        self._workers = {token: worker for token, worker in self._workers.items() if token in self._waiters}
+        for token, worker in self._workers.items():
+            with suppress(BusError):
+                self._connection.publish_now(worker.link_subject, b"", reply=f"{self._prefix}.{token}", headers=PROBE)
+        if self._workers:
+            self._look_later()
 
     def _on_loss(self, error: BusError, subject: str) -> None:
         for waiter in list(self._waiters.values()):

@@ -9,11 +9,12 @@ Source of the backoff: "full jitter" (AWS Architecture Blog, Exponential Backoff
 import random
 from dataclasses import dataclass
 
-from bus.errors import BusError, ConnectionLost, NoResponders, RemoteFault
+from bus.errors import BusError, ConnectionLost, NoResponders, PeerLost, RemoteFault
 from schemas.fault import FaultCode
 
-NOT_TAKEN = frozenset({FaultCode.OVERLOADED, FaultCode.DRAINING, FaultCode.NO_RESPONDERS, FaultCode.POOL_EXHAUSTED})
-"""Refusals after which nothing was done."""
+NOT_TAKEN = frozenset({FaultCode.OVERLOADED, FaultCode.DRAINING, FaultCode.POOL_EXHAUSTED})
+"""Refusals after which nothing was done, where the worker that was asked speaks for itself: a fault that comes from
+further down tells that the hops before it have begun."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,18 +27,22 @@ class RetryPolicy:
     idempotent: bool = False
     """Whether the request may be carried out twice: then every error that calls itself retryable is retried."""
 
-    def pause_s(self, error: BusError, attempt: int, remaining_s: float) -> float | None:
-        """Seconds to wait after the failed `attempt` (from 1), or None to raise `error`."""
+    def pause_s(self, error: BusError, attempt: int, remaining_s: float, *, elsewhere: bool = False) -> float | None:
+        """Seconds to wait after the failed `attempt` (from 1), or None to raise `error`.
+
+        `elsewhere`: the next attempt avoids who refused, so that the time after which to come back isn't waited for.
+        """
         if attempt >= self.attempts or not self._may_repeat(error):
             return None
         longest_s = min(self.first_pause_s * 2 ** (attempt - 1), self.max_pause_s)
-        pause_s = max(random.uniform(0, longest_s), retry_after_s(error))  # noqa: S311
+        pause_s = random.uniform(0, longest_s) + (0.0 if elsewhere else retry_after_s(error))  # noqa: S311
         return pause_s if pause_s < remaining_s else None
 
     def _may_repeat(self, error: BusError) -> bool:
         if isinstance(error, RemoteFault):
-            return error.fault.retryable and (self.idempotent or error.fault.code in NOT_TAKEN)
-        return isinstance(error, NoResponders) or (self.idempotent and isinstance(error, ConnectionLost))
+            was_taken = bool(error.fault.hops) or error.fault.code not in NOT_TAKEN
+            return error.fault.retryable and (self.idempotent or not was_taken)
+        return isinstance(error, NoResponders) or (self.idempotent and isinstance(error, (ConnectionLost, PeerLost)))
 
 
 ONCE = RetryPolicy(attempts=1)

@@ -155,11 +155,12 @@ class Work:
         self.expired = True
         self.stop()
 
-    def look_for_caller(self) -> None:
+    def look_for_caller(self, unless_since_s: float) -> None:
         """Find out whether somebody still waits for the answer; `cancel_for_caller` if not."""
         if self._link is None:
             self._link = self._linked(0)
-        self._link.probe()
+        if self._link.probed_at_s <= unless_since_s:
+            self._link.probe()
 
     def reply(self, message: Message | None) -> None:
         """The one answer. Raises `TypeError` for what is no message, and what publishing raises."""

@@ -18,6 +18,7 @@ from workers.declaration import endpoint
 from workers.ledger import Ledger
 from workers.models.transformers_adapter import TransformersLanguageModel
 from workers.models.vision_language_model import LanguageModel, ModelIdentity
+from workers.paired_call import reply_and_completion
 from workers.roles.model_worker import ModelWorker
 
 
@@ -89,7 +90,7 @@ class DecodeWorker(ModelWorker):
         try:
             async with await self.bus.create_writable(blocks.descriptor, name="kv") as kv:
                 meter = CallMeter()
-                reply = await self.bus.request(
+                call = self.bus.request(
                     self.bus.subjects.graph(self.settings.graph, "prefill"),
                     PrefillRequest(
                         request_id=request.request_id,
@@ -105,7 +106,7 @@ class DecodeWorker(ModelWorker):
                     retry=RetryPolicy(),
                     meter=meter,
                 )
-                await kv
+                reply = await reply_and_completion(call, kv)
             ledger.call("prefill", meter, reply.hops, reply.elapsed_ms)
             return await self.thread.run(lambda: self.model.restore(blocks.gather())), reply.token_id
         finally:

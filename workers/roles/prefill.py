@@ -18,6 +18,7 @@ from workers.declaration import endpoint
 from workers.ledger import Ledger
 from workers.models.transformers_adapter import TransformersLanguageModel
 from workers.models.vision_language_model import LanguageModel, ModelIdentity
+from workers.paired_call import reply_and_completion
 from workers.roles.model_worker import ModelWorker
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ class PrefillWorker(ModelWorker):
         with self.bus.arena.allocate(shape, self.model.dtype) as target:
             async with await self.bus.create_writable(target.descriptor, name="embeddings") as embeddings:
                 meter = CallMeter()
-                reply = await self.bus.request(
+                call = self.bus.request(
                     self.bus.subjects.graph(self.settings.graph, "encode"),
                     EncodeRequest(
                         request_id=request.request_id,
@@ -85,6 +86,6 @@ class PrefillWorker(ModelWorker):
                     retry=RetryPolicy(),
                     meter=meter,
                 )
-                await embeddings
+                reply = await reply_and_completion(call, embeddings)
             ledger.call("encode", meter, reply.hops, reply.elapsed_ms)
             yield target.tensor

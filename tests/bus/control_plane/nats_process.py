@@ -72,13 +72,13 @@ def nats_process(folder: Path, configuration: str = "") -> Iterator[NatsProcess]
 
 
 @contextmanager
-def nats_cluster(folder: Path, lame_duck_s: int = 10) -> Iterator[list[NatsProcess]]:
-    """Two servers that know each other."""
+def nats_cluster(folder: Path, grace_s: int = 3) -> Iterator[list[NatsProcess]]:
+    """Two servers that know each other. In lame duck they drop nobody for `grace_s`; nats-server wants the 30 s."""
     routes = [free_port(), free_port()]
     servers = [
         NatsProcess(
             folder,
-            f'server_name: "n{number}"\nlame_duck_duration: "{lame_duck_s}s"\nlame_duck_grace_period: "1s"\n'
+            f'server_name: "n{number}"\nlame_duck_duration: "30s"\nlame_duck_grace_period: "{grace_s}s"\n'
             f'cluster {{ name: "test", listen: "127.0.0.1:{routes[number]}", '
             f'routes: ["nats-route://127.0.0.1:{routes[1 - number]}"] }}',
             name=f"n{number}",

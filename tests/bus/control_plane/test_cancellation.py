@@ -12,13 +12,14 @@ from contextlib import aclosing
 import msgpack
 import pytest
 from nats.aio.client import Client
+from nats.aio.msg import Msg
 
-from bus import Bus, BusConfig, DeadlineExceeded, EmbeddedServer, EndpointConfig, Frame, RemoteFault
+from bus import Bus, BusConfig, DeadlineExceeded, EmbeddedServer, EndpointConfig, Frame, PeerLost, RemoteFault
 from bus.control_plane.endpoint import PROBE_INTERVAL_S, Endpoint
 from schemas.message import Message
 from schemas.subjects import Subject
+from tests.bus.control_plane.waiting import SOON_S, until
 
-SOON_S = 3.0
 LONG_S = 30.0
 
 
@@ -64,12 +65,6 @@ async def serve(bus: Bus, name: str, handler: object, **fields: object) -> Endpo
     return bus._endpoints[-1]
 
 
-async def soon(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(SOON_S):
-        while not condition():  # noqa: ASYNC110
-            await asyncio.sleep(0.005)
-
-
 async def cancelled(task: "asyncio.Task[object]") -> None:
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -83,10 +78,10 @@ async def test_a_cancelled_request_ends_its_handler_and_leaves_nothing(bus: Bus,
     await asyncio.wait_for(held.begun.wait(), SOON_S)
     await cancelled(request)
     await asyncio.wait_for(held.ended.wait(), SOON_S)
-    await soon(lambda: endpoint.stats.num_active == 0)
+    await until(lambda: endpoint.stats.num_active == 0)
     assert endpoint.stats.num_cancelled == 1
     assert not endpoint._by_request_id
-    assert caller.stats()["requests_in_flight"] == bus.stats()["requests_in_flight"] == 0
+    assert len(caller._inbox._waiters) == len(bus._inbox._waiters) == 0
     held.release.set()
     assert await caller.request(subject("held"), Ask(text="next"), Told, timeout_s=5) == Told(text="next")
 
@@ -115,7 +110,7 @@ async def test_a_cancellation_travels_down_three_hops(bus: Bus, caller: Bus, ser
         await asyncio.wait_for(last.begun.wait(), SOON_S)
         await cancelled(request)
         await asyncio.wait_for(last.ended.wait(), SOON_S)
-        await soon(lambda: all(endpoint.stats.num_active == 0 for endpoint in endpoints))
+        await until(lambda: all(endpoint.stats.num_active == 0 for endpoint in endpoints))
         assert ended == ["first", "second"]
         assert [endpoint.stats.num_cancelled for endpoint in endpoints] == [1, 1, 1]
         assert [each.stats()["requests_in_flight"] for each in (caller, bus, second)] == [0, 0, 0]
@@ -130,8 +125,14 @@ async def test_the_timeout_of_a_caller_s_own_cancels_the_work(bus: Bus, caller: 
     await asyncio.wait_for(held.ended.wait(), SOON_S)
 
 
-async def test_a_stream_that_is_closed_early_ends_its_handler(bus: Bus, caller: Bus) -> None:
-    ended = asyncio.Event()
+async def test_a_stream_that_is_closed_early_ends_its_handler(bus: Bus, caller: Bus, raw: Client) -> None:
+    ended, told = asyncio.Event(), asyncio.Event()
+
+    async def hear(message: Msg) -> None:
+        told.set()
+
+    await raw.subscribe(caller.subjects.cancellations().name, cb=hear)
+    await raw.flush()
 
     async def count(request: Ask) -> AsyncGenerator[Counted, None]:
         try:
@@ -146,8 +147,9 @@ async def test_a_stream_that_is_closed_early_ends_its_handler(bus: Bus, caller: 
             if frame.number == 10:
                 break
     await asyncio.wait_for(ended.wait(), SOON_S)
-    await soon(lambda: endpoint.stats.num_active == 0)
-    await soon(lambda: bus.stats()["requests_in_flight"] == 0)
+    await asyncio.wait_for(told.wait(), SOON_S)  # and the worker needn't have missed its reader first
+    await until(lambda: endpoint.stats.num_active == 0)
+    await until(lambda: not bus._inbox._waiters)
     assert (endpoint.stats.num_cancelled, caller.stats()["requests_in_flight"]) == (1, 0)
 
 
@@ -183,9 +185,9 @@ async def test_a_request_that_is_cancelled_in_the_queue_never_begins(bus: Bus, c
     second: asyncio.Task[object] = asyncio.create_task(
         caller.request(subject("queued"), Ask(text="2"), Told, timeout_s=LONG_S)
     )
-    await soon(lambda: len(endpoint._waiting) == 1)
+    await until(lambda: len(endpoint._waiting) == 1)
     await cancelled(second)
-    await soon(lambda: not endpoint._waiting)
+    await until(lambda: not endpoint._waiting)
     held.release.set()
     assert await first == Told(text="1")
     assert (held.num_begun, endpoint.stats.num_cancelled, endpoint._by_request_id) == (1, 1, {})
@@ -199,8 +201,8 @@ async def test_a_cancellation_that_comes_before_the_task_began_is_not_lost(bus: 
         await raw.publish("cancellation.at-once", msgpack.packb({"type": "cancellation.ask"}), "x.y", headers)
         await raw.publish(bus.subjects.cancel("f00").name, b"")
     await raw.flush()
-    await soon(lambda: endpoint.stats.num_cancelled == 50)
-    await soon(lambda: endpoint.stats.num_active == 0)
+    await until(lambda: endpoint.stats.num_cancelled == 50)
+    await until(lambda: endpoint.stats.num_active == 0)
     assert not endpoint._by_request_id
 
 
@@ -257,9 +259,9 @@ async def test_a_killed_client_s_work_ends_within_seconds(bus: Bus, server: Embe
     finally:
         client.kill()
         client.wait()
-    await soon(lambda: all(endpoint.stats.num_active == 0 for endpoint in endpoints))
+    await until(lambda: all(endpoint.stats.num_active == 0 for endpoint in endpoints))
     assert [endpoint.stats.num_cancelled for endpoint in endpoints] == [1, 1]
-    assert bus.stats()["requests_in_flight"] == 0
+    assert not bus._inbox._waiters
 
 
 CLIENT = textwrap.dedent("""
@@ -285,6 +287,95 @@ CLIENT = textwrap.dedent("""
         async with Bus.open(BusConfig(worker_id="doomed", nats_url=sys.argv[1]), data_plane=False) as bus:
             request = bus.request(Subject("cancellation.killed", ""), Ask(), Told, timeout_s=60)
             await asyncio.gather(request, read(bus))
+
+    asyncio.run(main())
+""")
+
+
+async def test_a_killed_worker_is_told_of_within_seconds(caller: Bus, server: EmbeddedServer) -> None:
+    worker = subprocess.Popen([sys.executable, "-c", WORKER, server.url], stdout=subprocess.PIPE)  # noqa: ASYNC220
+    try:
+        assert worker.stdout is not None
+        assert await asyncio.to_thread(worker.stdout.readline) == b"ready\n"
+        frames = caller.stream(subject("doomed-stream"), Ask(), Counted, timeout_s=LONG_S)
+        assert await anext(frames) == Counted(seq=0)
+        asked = [asyncio.ensure_future(anext(frames))]
+        waits = [caller.request(subject("doomed"), Ask(), Told, timeout_s=LONG_S) for _ in range(2)]
+        asked += [asyncio.ensure_future(each) for each in waits]  # one works, one waits for its slot
+        await asyncio.sleep(1.5)  # callers that look for it find it
+        assert not any(each.done() for each in asked)
+        worker.kill()
+        started_s = time.monotonic()
+        outcomes = await asyncio.gather(*asked, return_exceptions=True)
+        assert time.monotonic() - started_s < 5
+        assert [type(outcome) for outcome in outcomes] == [PeerLost] * 3
+        await until(lambda: not caller._inbox._waiters)
+    finally:
+        worker.kill()
+        worker.wait()
+        if worker.stdout:
+            worker.stdout.close()
+
+
+async def test_a_request_that_is_looked_for_all_along_gets_its_answer(bus: Bus, caller: Bus) -> None:
+    held = Held()
+    await serve(bus, "long", held, concurrency=1)
+    asked = [
+        asyncio.create_task(caller.request(subject("long"), Ask(text=str(n)), Told, timeout_s=LONG_S)) for n in (0, 1)
+    ]
+    await asyncio.sleep(2.6 * PROBE_INTERVAL_S)
+    held.release.set()
+    assert [reply.text for reply in await asyncio.gather(*asked)] == ["0", "1"]
+    assert len(caller._inbox._waiters) == len(bus._inbox._waiters) == 0
+
+
+async def test_a_forged_probe_makes_nobody_publish_where_it_likes(bus: Bus, caller: Bus, raw: Client) -> None:
+    held, heard = Held(), list[Msg]()
+
+    async def hear(message: Msg) -> None:
+        heard.append(message)
+
+    await serve(bus, "probed", held)
+    await raw.subscribe("nixlbus.v1.event.calling.reaped", cb=hear)
+    request = asyncio.create_task(caller.request(subject("probed"), Ask(), Told, timeout_s=LONG_S))
+    await asyncio.wait_for(held.begun.wait(), SOON_S)
+    for token in (*caller._inbox._waiters, "ffff"):
+        reply = "nixlbus.v1.event.calling.reaped"
+        await raw.publish(f"{caller._inbox._prefix}.{token}", b"", reply=reply, headers={"Nixlbus-Probe": "1"})
+    await raw.flush()
+    await asyncio.sleep(1.3)  # until callers look for their workers
+    held.release.set()
+    await request
+    await raw.flush()
+    assert heard == []
+
+
+WORKER = textwrap.dedent("""
+    import asyncio, sys
+    from bus import Bus, BusConfig, EndpointConfig, Frame
+    from schemas.message import Message
+    from schemas.subjects import Subject
+
+    class Ask(Message, frozen=True, kw_only=True, tag="cancellation.ask"):
+        text: str = ""
+
+    class Counted(Frame, frozen=True, kw_only=True, tag="cancellation.counted"):
+        number: int = 0
+
+    async def stream(request: Ask):
+        yield Counted()
+        await asyncio.sleep(60)
+
+    async def unary(request: Ask):
+        await asyncio.sleep(60)
+
+    async def main():
+        async with Bus.open(BusConfig(worker_id="doomed", nats_url=sys.argv[1]), data_plane=False) as bus:
+            for name, handler in (("doomed", unary), ("doomed-stream", stream)):
+                subject = Subject(f"cancellation.{name}", "")
+                await bus.serve(EndpointConfig(name, subject, Ask, concurrency=1), handler)
+            print("ready", flush=True)
+            await asyncio.sleep(60)
 
     asyncio.run(main())
 """)
@@ -318,13 +409,13 @@ async def test_a_plain_client_is_never_probed(bus: Bus, raw: Client) -> None:
 async def test_a_deadline_ends_the_handler_and_tells_a_caller_who_still_listens(bus: Bus, raw: Client) -> None:
     held = Held()
     endpoint = await serve(bus, "late", held)
-    headers = {"Nixlbus-Protocol": "2", "Nixlbus-Ttl-Ms": "300", "Nixlbus-Request-Id": "f02"}
+    headers = {"Nixlbus-Protocol": "2", "Nixlbus-Ttl-Ms": "300"}
     payload = msgpack.packb({"type": "cancellation.ask"})
     reply = await raw.request("cancellation.late", payload, timeout=SOON_S, headers=headers)
     fault = msgpack.unpackb(reply.data)
     assert (fault["type"], fault["code"]) == ("fault", "deadline_exceeded")
     assert held.ended.is_set()
-    await soon(lambda: endpoint.stats.num_active == 0)
+    await until(lambda: endpoint.stats.num_active == 0)
     assert endpoint.stats.num_cancelled == 0
 
 
@@ -354,7 +445,7 @@ async def test_a_handler_that_outlives_its_deadline_answers_nobody(bus: Bus, cal
     endpoint = await serve(bus, "stubborn", stubborn)
     with pytest.raises((DeadlineExceeded, RemoteFault)):
         await caller.request(subject("stubborn"), Ask(), Told, timeout_s=0.2)
-    await soon(lambda: endpoint.stats.num_active == 0)
+    await until(lambda: endpoint.stats.num_active == 0)
     assert caller.stats()["requests_in_flight"] == 0
 
 
