@@ -32,9 +32,9 @@ MESSAGING_MESSAGE_ID: Final = "messaging.message.id"
 MESSAGING_MESSAGE_CONVERSATION_ID: Final = "messaging.message.conversation_id"
 MESSAGING_MESSAGE_BODY_SIZE: Final = "messaging.message.body.size"
 MESSAGING_BATCH_MESSAGE_COUNT: Final = "messaging.batch.message_count"
-MESSAGING_NATS_DELIVERY_COUNT: Final = "nixl.job.delivery_count"
+NIXL_JOB_DELIVERY_COUNT: Final = "nixl.job.delivery_count"
 """Our own: which delivery of a durable message this is, counted from 1."""
-MESSAGING_NATS_STREAM_SEQUENCE: Final = "nixl.job.stream_sequence"
+NIXL_JOB_STREAM_SEQUENCE: Final = "nixl.job.stream_sequence"
 """Our own: its number in the JetStream stream."""
 
 # Any client or server (stable)

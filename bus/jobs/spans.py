@@ -50,7 +50,7 @@ def process_span(subject: Subject, delivery: Delivery, consumer: str, worker_id:
             names.MESSAGING_CONSUMER_GROUP_NAME: consumer,
             names.MESSAGING_CLIENT_ID: worker_id,
             names.MESSAGING_MESSAGE_BODY_SIZE: len(delivery.payload),
-            names.MESSAGING_NATS_DELIVERY_COUNT: delivery.num_delivered,
-            names.MESSAGING_NATS_STREAM_SEQUENCE: delivery.stream_sequence,
+            names.NIXL_JOB_DELIVERY_COUNT: delivery.num_delivered,
+            names.NIXL_JOB_STREAM_SEQUENCE: delivery.stream_sequence,
         },
     )
