@@ -66,7 +66,8 @@ def decode(payload: bytes, message_type: type[M] | UnionType, encoding: Encoding
     Raises `MalformedMessage`, `UnknownMessageType` or `InvalidMessage`.
     """
     try:
-        message: M = _decoder(message_type, encoding).decode(payload)
+        decoder = _msgpack_decoder if encoding is Encoding.MSGPACK else _json_decoder
+        message: M = decoder(message_type).decode(payload)
     except msgspec.ValidationError as error:
         raise _validation_error(error, message_type) from None
     except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
@@ -79,9 +80,12 @@ _JSON = msgspec.json.Encoder()
 
 
 @lru_cache(maxsize=256)
-def _decoder(message_type: Any, encoding: Encoding) -> msgspec.msgpack.Decoder[Any] | msgspec.json.Decoder[Any]:
-    if encoding is Encoding.MSGPACK:
-        return msgspec.msgpack.Decoder(message_type)
+def _msgpack_decoder(message_type: Any) -> msgspec.msgpack.Decoder[Any]:
+    return msgspec.msgpack.Decoder(message_type)
+
+
+@lru_cache(maxsize=256)
+def _json_decoder(message_type: Any) -> msgspec.json.Decoder[Any]:
     return msgspec.json.Decoder(message_type)
 
 

@@ -144,5 +144,7 @@ def may_be_answered(reply: str, asked: Subject | str) -> bool:
     False for the bus's own subjects and the server's (`$JS`, `$SRV`, `$SYS`): who may ask a worker must not make it
     publish, with the worker's permissions, where the asker may not.
     """
+    if reply.startswith("_INBOX."):
+        return True
     first = reply.partition(".")[0]
     return bool(first) and not first.startswith("$") and first != str(asked).partition(".")[0]
