@@ -9,17 +9,23 @@ import inspect
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import UnionType
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, Union, get_args, get_origin, get_type_hints, overload
+from typing import Any, Generic, Protocol, TypeVar, Union, get_args, get_origin, get_type_hints, overload
 
 from bus import JobQueueConfig, Middleware, Place, RetryPolicy, StreamCall, UnaryCall
 from schemas.message import Message
 
-if TYPE_CHECKING:
-    from workers.worker import Worker
-
 Q = TypeVar("Q", bound=Message)
 R = TypeVar("R", bound=Message)
 _STREAMS = (AsyncGenerator, AsyncIterator)
+
+
+class Owner(Protocol):
+    """What a class brings to its declarations."""
+
+    group: str
+    """What its subjects have in common."""
+    timeout_s: float
+    """For endpoints that don't say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +59,7 @@ class Declared:
         """The type of the method's one argument. Raises `TypeError` if that is no message."""
         return request_type(self.method)
 
-    def bound(self, worker: "Worker") -> Callable[[Any], Any]:
+    def bound(self, worker: Owner) -> Callable[[Any], Any]:
         """The method of `worker`."""
         bound: Callable[[Any], Any] = self.method.__get__(worker)
         return bound
@@ -76,11 +82,11 @@ class DeclaredEndpoint(Declared):
         """What it answers with: a message class, or the union of a stream's frames. Raises `TypeError`."""
         return reply_type(self.method)
 
-    def place(self, owner: "type[Worker]") -> Place:
+    def place(self, owner: type[Owner]) -> Place:
         """Where it listens, as far as the class knows."""
         return Place(owner.group, self.stage)
 
-    def timeout_s(self, owner: "type[Worker]") -> float:
+    def timeout_s(self, owner: type[Owner]) -> float:
         """The time that a caller grants who doesn't say."""
         return owner.timeout_s if self.options.timeout_s is None else self.options.timeout_s
 
@@ -89,12 +95,12 @@ class UnaryEndpoint(DeclaredEndpoint, Generic[Q, R]):
     """Answers with one reply."""
 
     @overload
-    def __get__(self, worker: None, owner: "type[Worker]") -> UnaryCall[Q, R]: ...
+    def __get__(self, worker: None, owner: type[Owner]) -> UnaryCall[Q, R]: ...
 
     @overload
-    def __get__(self, worker: "Worker", owner: "type[Worker]") -> Callable[[Q], Awaitable[R]]: ...
+    def __get__(self, worker: Owner, owner: type[Owner]) -> Callable[[Q], Awaitable[R]]: ...
 
-    def __get__(self, worker: "Worker | None", owner: "type[Worker]") -> Any:
+    def __get__(self, worker: Owner | None, owner: type[Owner]) -> Any:
         if worker is not None:
             return self.bound(worker)
         retry = self.options.retry
@@ -105,12 +111,12 @@ class StreamEndpoint(DeclaredEndpoint, Generic[Q, R]):
     """Answers with a stream of frames."""
 
     @overload
-    def __get__(self, worker: None, owner: "type[Worker]") -> StreamCall[Q, R]: ...
+    def __get__(self, worker: None, owner: type[Owner]) -> StreamCall[Q, R]: ...
 
     @overload
-    def __get__(self, worker: "Worker", owner: "type[Worker]") -> Callable[[Q], AsyncGenerator[R, None]]: ...
+    def __get__(self, worker: Owner, owner: type[Owner]) -> Callable[[Q], AsyncGenerator[R, None]]: ...
 
-    def __get__(self, worker: "Worker | None", owner: "type[Worker]") -> Any:
+    def __get__(self, worker: Owner | None, owner: type[Owner]) -> Any:
         if worker is not None:
             return self.bound(worker)
         retry = self.options.retry
@@ -168,7 +174,7 @@ class EventHandler(Declared):
         self.queue_group = queue_group
         self.concurrency = concurrency
 
-    def __get__(self, worker: "Worker | None", owner: type) -> Any:
+    def __get__(self, worker: Owner | None, owner: type) -> Any:
         return self if worker is None else self.bound(worker)
 
 
@@ -202,12 +208,12 @@ class DeclaredJob(Declared):
         )
 
     @overload
-    def __get__(self, worker: None, owner: "type[Worker]") -> JobQueueConfig: ...
+    def __get__(self, worker: None, owner: type[Owner]) -> JobQueueConfig: ...
 
     @overload
-    def __get__(self, worker: "Worker", owner: "type[Worker]") -> Callable[[Any], Awaitable[None]]: ...
+    def __get__(self, worker: Owner, owner: type[Owner]) -> Callable[[Any], Awaitable[None]]: ...
 
-    def __get__(self, worker: "Worker | None", owner: "type[Worker]") -> Any:
+    def __get__(self, worker: Owner | None, owner: type[Owner]) -> Any:
         return self.within(owner.group) if worker is None else self.bound(worker)
 
 
