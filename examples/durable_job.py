@@ -5,30 +5,31 @@ python examples/durable_job.py       # a server, a caller that comes and goes, t
 
 import asyncio
 
-from bus import Bus, BusConfig, JobQueueConfig, Message, RequestRefused, current_job, embedded_server
-from schemas.fault import FaultCode
+from bus import Bus, BusConfig, FaultCode, Message, RequestRefused, current_job, embedded_server
+from workers import Worker, job
 
 
 class Transcode(Message, frozen=True, kw_only=True, tag="media.transcode"):
     film: str
 
 
-TRANSCODE = JobQueueConfig(graph="media", queue="transcode", message_type=Transcode, concurrency=1, backoff_s=(0.1,))
+class Transcoder(Worker):
+    group = "media"
 
-
-class Transcoder:
-    def __init__(self, num_jobs: int) -> None:
+    def __init__(self, bus: Bus, num_jobs: int) -> None:
+        super().__init__(bus)
         self.num_jobs = num_jobs
         self.all_done = asyncio.Event()
         self._done: set[str] = set()
 
-    async def transcode(self, job: Transcode) -> None:
+    @job(concurrency=1, backoff_s=(0.1,))
+    async def transcode(self, request: Transcode) -> None:
         this = current_job()
-        if not job.film.endswith(".mov"):
-            raise RequestRefused(FaultCode.UNSUPPORTED, f"{job.film} is no film")  # it would fail again: a dead letter
-        if job.film == "second.mov" and this.delivery_count == 1:
+        if not request.film.endswith(".mov"):
+            raise RequestRefused(FaultCode.UNSUPPORTED, f"{request.film} is no film")  # never again: a dead letter
+        if request.film == "second.mov" and this.delivery_count == 1:
             raise OSError("the disk is full")  # another try, after a pause
-        print(f"{this.job_id}: {job.film}, delivery {this.delivery_count}")
+        print(f"{this.job_id}: {request.film}, delivery {this.delivery_count}")
         self._done.add(this.job_id)
         if len(self._done) == self.num_jobs:
             self.all_done.set()
@@ -42,15 +43,13 @@ async def main() -> None:
 
         async with Bus.open(config("caller"), data_plane=False) as bus:
             for film in ("first.mov", "a song", "second.mov"):
-                await bus.submit(TRANSCODE, Transcode(film=film), job_id=f"film-{film[0]}")
-            again = await bus.submit(TRANSCODE, Transcode(film="first.mov"), job_id="film-f")
+                await bus.submit(Transcoder.transcode, Transcode(film=film), job_id=f"film-{film[0]}")
+            again = await bus.submit(Transcoder.transcode, Transcode(film="first.mov"), job_id="film-f")
             print("submitted twice, stored once:", again.duplicate)
 
-        async with Bus.open(config("transcoder-1"), data_plane=False) as bus:
-            transcoder = Transcoder(num_jobs=2)
-            await bus.work(TRANSCODE, transcoder.transcode)
+        async with Transcoder.running(config("transcoder-1"), 2) as transcoder:
             await asyncio.wait_for(transcoder.all_done.wait(), 30)
-            for letter in await bus.dead_letters.list():
+            for letter in await transcoder.bus.dead_letters.list():
                 print(f"{letter.job_id}: dead, {letter.code}")
 
 
