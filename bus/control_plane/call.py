@@ -48,7 +48,7 @@ DEFAULT_WINDOW_FRAMES = 256
 OVERTAKING_S = 0.5
 """How long a frame may come after one that was sent after it."""
 MAX_EARLY_FRAMES = 1024
-MAX_PASSES = 4
+MAX_PASSES = 10
 """How often a request may meet the worker that it avoids, before it is left to whoever gets it."""
 
 

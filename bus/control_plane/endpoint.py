@@ -262,6 +262,7 @@ class Endpoint:
         """One event, and those that came meanwhile: a task for each would cost more than most handlers do."""
         task = work.task
         while True:
+            work.begin_its_time(self.default_ttl_s)
             await self._run(work)
             if self._stopping or not self._waiting:
                 return

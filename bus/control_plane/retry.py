@@ -15,7 +15,7 @@ from schemas.fault import FaultCode
 NOT_TAKEN = frozenset({FaultCode.OVERLOADED, FaultCode.DRAINING, FaultCode.POOL_EXHAUSTED})
 """Refusals after which nothing was done, where the worker that was asked speaks for itself and its handler had not
 begun: a fault that comes from further down tells that the hops before it have. A handler that refuses before it does
-anything raises `RequestRefused` with one of these."""
+anything raises `RequestRefused` with one of these, or `Overloaded`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from bus.control_plane.connection import Connection, Msg
 from bus.control_plane.inbox import Inbox
 from bus.control_plane.request_context import RequestContext
 from bus.deadline import Deadline
-from bus.errors import RequestRefused, fault_of
+from bus.errors import Overloaded, RequestRefused, fault_of
 from observability.propagation import TRACEPARENT
 from schemas.codec import Encoding, encode
 from schemas.message import Message
@@ -142,6 +142,10 @@ class Work:
             )
         return self._context
 
+    def begin_its_time(self, duration_s: float) -> None:
+        """Count its time from now: an event is not late because others were before it."""
+        self.deadline = Deadline(time.monotonic() + duration_s)
+
     def stop(self) -> None:
         """End it, now or as soon as it begins."""
         if self.task and self.has_begun:
@@ -194,7 +198,7 @@ class Work:
             return  # a middleware failed after the reply; or nobody waits for one
         self.is_answered = True
         fault = fault_of(error, worker_id=self._host.worker_id, trace_id=trace_id)
-        has_begun = self.request is not None and not isinstance(error, RequestRefused)
+        has_begun = self.request is not None and not isinstance(error, (RequestRefused, Overloaded))
         if has_begun or self._num_frames:
             fault = msgspec.structs.replace(fault, seq=self._num_frames, begun=has_begun)
         headers = {
