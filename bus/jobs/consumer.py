@@ -61,7 +61,6 @@ class JobConsumer:
             self._provision,
             place.horizon,
         )
-        place.on_slot_freed = self._pull.slot_freed
         self._newest_sequence = 0
         """Of first deliveries, which come in the order of the stream."""
         place.jetstream.connection.on_loss(self._on_loss)
@@ -136,9 +135,7 @@ class JobConsumer:
             )
 
     def _free_slots(self) -> int:
-        """A job whose ack is sent takes none, but no more of them wait for the server than may run."""
-        confirming = min(self._place.num_confirming, self.config.concurrency)
-        return self.config.concurrency - len(self._active) + confirming
+        return self.config.concurrency - len(self._active)
 
     def _on_delivery(self, delivery: Delivery) -> None:
         if delivery.ack_subject in self._in_hand:

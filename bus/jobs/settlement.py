@@ -80,9 +80,6 @@ class Workplace:
     dead_letters: DeadLetters
     stats: JobStats = field(default_factory=JobStats)
     horizon: Horizon = field(default_factory=Horizon)
-    num_confirming: int = 0
-    """Jobs whose handlers have returned, and whose acks are sent and not confirmed."""
-    on_slot_freed: Callable[[], None] = lambda: None
     acks: Acks = field(init=False)
     slots: asyncio.Semaphore = field(init=False)
     ack_wait_s: float = field(init=False)
@@ -116,8 +113,7 @@ class Settlement:
                 if await self._is_our_turn():
                     await self._run()
                     self._has_returned = True
-            if self._has_returned:
-                await self._done()
+                    await self._done()
         except asyncio.CancelledError as error:
             self._span.fail(error)
             await self._hand_back()
@@ -229,21 +225,16 @@ class Settlement:
         await self._place.claims.update(self._held, progress=progress)
 
     async def _done(self) -> None:
-        place = self._place
-        if self._config.idempotent_handler and place.jetstream.connection.is_connected:
+        if self._lease:
+            await self._settled_by(ACK)  # or it is another's, and not done by us
+            self._place.stats.num_done += 1
+            return
+        self._place.stats.num_done += 1
+        if self._config.idempotent_handler and self._place.jetstream.connection.is_connected:
             with contextlib.suppress(BusError):
-                place.jetstream.connection.publish_now(self._delivery.ack_subject, ACK)
-                place.stats.num_done += 1
+                self._place.jetstream.connection.publish_now(self._delivery.ack_subject, ACK)
                 return
-        is_certain = self._lease is None
-        place.stats.num_done += is_certain
-        place.num_confirming += 1
-        place.on_slot_freed()
-        try:
-            await self._settled_by(ACK, done=self._held)
-        finally:
-            place.num_confirming -= 1
-        place.stats.num_done += not is_certain  # else it was another's, and not done by us
+        await self._settled_by(ACK, done=self._held)
 
     async def _failed(self, error: Exception) -> None:
         worker_id = self._place.worker_id
