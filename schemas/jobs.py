@@ -28,6 +28,8 @@ DEAD_SEQUENCE_HEADER = "Nixlbus-Dead-Sequence"
 DEAD_MSG_ID_HEADER = "Nixlbus-Dead-Msg-Id"
 DEAD_TRACE_HEADER = "Nixlbus-Dead-Trace"
 """Trace id of the last delivery."""
+DEAD_LEFT_OUT_HEADER = "Nixlbus-Dead-Left-Out"
+"""What of the job the dead letter lacks, because it could not be sent or had no room: `headers` or `payload`."""
 DEAD_PREFIX = "Nixlbus-Dead-"
 
 
