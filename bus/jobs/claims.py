@@ -6,18 +6,23 @@ worker was silent for ack_wait (a live one speaks at a third of it) or gave it b
 two that take over, one wins; a worker that was cut off, and comes back, can't write to the claim any more.
 Another message of the same job id (submitted again after the duplicate window) is a duplicate while the first one is
 in the stream, and takes over when that is gone without being done.
+The first delivery of a job whose id nobody else can have begins without a claim (`settlement`), and makes one when it
+must prove that the job is its own. So where such a job has none, a later delivery presumes one try, and looks whether
+the job is still there.
 """
 
 import hashlib
 from dataclasses import dataclass
+from typing import Literal
 
 import msgspec
 
 from bus.control_plane.delivery import Delivery
 from bus.control_plane.jetstream import JetStream, NoStream, WrongSequence
 from bus.errors import JobTakenOver
+from bus.jobs.queue import claim_name, is_unique
 from bus.jobs.streams import Streams, ensure_stream
-from bus.jobs.verdict import Standing, standing
+from bus.jobs.verdict import Standing, presumed_attempts, standing
 from schemas.codec import MessageError, decode, encode
 from schemas.jobs import JobClaim
 
@@ -45,26 +50,40 @@ class Claims:
         self._worker_id = worker_id
         self._epoch = epoch
 
-    async def take(self, subject: str, name: str, job_id: str, delivery: Delivery, traceparent: str) -> Held | Standing:
-        """Claim the job `name` of the queue `subject` for `delivery`, or tell whose it is.
+    async def take(
+        self,
+        delivery: Delivery,
+        job_id: str,
+        traceparent: str,
+        *,
+        has_begun: bool = False,
+        state: Literal["working", "done"] = "working",
+    ) -> Held | Standing:
+        """Claim a job for `delivery`, or tell whose it is. `has_begun`: it was run without a claim until now.
 
         Raises `DurableWorkUnavailable`, `ConnectionLost`, `PermissionDenied`, `DeadlineExceeded`.
         """
-        key = self._key(subject, name)
+        key = self._key(delivery.subject, claim_name(job_id, delivery.headers))
         ours = JobClaim(
-            state="working",
+            state=state,
             job_id=job_id,
             worker_id=self._worker_id,
             epoch=self._epoch,
             delivery=delivery.num_delivered,
             stream_sequence=delivery.stream_sequence,
+            attempt=1 + presumed_attempts(delivery),
             traceparent=traceparent,
         )
+        may_be_settled = is_unique(delivery.headers) and not has_begun
         found, revision = await self._read(key) if delivery.num_delivered > 1 else (None, 0)
         for _ in range(_MAX_TRIES):
             stands = standing(found, delivery)
             if stands is Standing.OTHER and found is not None and not await self._is_in_stream(found.stream_sequence):
                 stands = Standing.FREE
+            if has_begun and found is not None and _is_of_one_delivery(found, ours):
+                stands, ours = Standing.FREE, msgspec.structs.replace(ours, progress=found.progress)
+            if may_be_settled and found is None and not await self._is_in_stream(delivery.stream_sequence):
+                return Standing.SETTLED
             if stands not in (Standing.FREE, Standing.OURS):
                 return stands
             if stands is Standing.OURS and found is not None:
@@ -122,3 +141,13 @@ class Claims:
 
     async def _is_in_stream(self, sequence: int) -> bool:
         return await self._jetstream.message(self._streams.jobs.name, sequence) is not None
+
+
+def _is_of_one_delivery(found: JobClaim, ours: JobClaim) -> bool:
+    """Whether a claim is our own, of a write whose answer was lost."""
+    return (found.state, found.epoch, found.delivery, found.stream_sequence) == (
+        "working",
+        ours.epoch,
+        ours.delivery,
+        ours.stream_sequence,
+    )

@@ -11,7 +11,7 @@ import msgspec
 
 from bus.control_plane.delivery import Delivery
 from bus.errors import BusError, DeadlineExceeded, fault_of
-from bus.jobs.queue import JobQueueConfig
+from bus.jobs.queue import JobQueueConfig, is_unique
 from schemas.fault import Fault, FaultCode
 from schemas.jobs import JobClaim
 
@@ -39,6 +39,8 @@ class Standing(Enum):
     """A later delivery of the same message has it: leave it to that."""
     OTHER = "other"
     """Another message of the same job id: a duplicate, as long as that message is there."""
+    SETTLED = "needless: the job is settled"
+    """Out of the stream: a delivery without a claim has settled it. There is nothing left to ack."""
 
 
 def standing(claim: JobClaim | None, delivery: Delivery) -> Standing:
@@ -50,6 +52,24 @@ def standing(claim: JobClaim | None, delivery: Delivery) -> Standing:
     if claim.stream_sequence != delivery.stream_sequence:
         return Standing.OTHER
     return Standing.OURS if claim.delivery < delivery.num_delivered else Standing.SUPERSEDED
+
+
+def may_run_unclaimed(config: JobQueueConfig, delivery: Delivery) -> bool:
+    """Whether a delivery needs no claim while its lease is sure: nobody else has the job, nor had it before.
+
+    A later delivery presumes that this one was a try, whether it began or not; so not where one try is all there is.
+    """
+    return (
+        not config.idempotent_handler
+        and config.max_deliver > 1
+        and delivery.num_delivered == 1
+        and is_unique(delivery.headers)
+    )
+
+
+def presumed_attempts(delivery: Delivery) -> int:
+    """Earlier deliveries that count against a job without a claim: it may have been run without."""
+    return 1 if delivery.num_delivered > 1 and is_unique(delivery.headers) else 0
 
 
 def attempts(delivery: Delivery, claim: JobClaim | None) -> int:
