@@ -11,6 +11,7 @@ must prove that the job is its own. So where such a job has none, a later delive
 the job is still there.
 """
 
+import contextlib
 import hashlib
 from dataclasses import dataclass
 from typing import Literal
@@ -19,10 +20,10 @@ import msgspec
 
 from bus.control_plane.delivery import Delivery
 from bus.control_plane.jetstream import JetStream, NoStream, WrongSequence
-from bus.errors import JobTakenOver
-from bus.jobs.queue import claim_name, is_unique
+from bus.errors import JobTakenOver, PermissionDenied
+from bus.jobs.queue import claim_name
 from bus.jobs.streams import Streams, ensure_stream
-from bus.jobs.verdict import Standing, presumed_attempts, standing
+from bus.jobs.verdict import Standing, standing
 from schemas.codec import MessageError, decode, encode
 from schemas.jobs import JobClaim
 
@@ -56,10 +57,14 @@ class Claims:
         job_id: str,
         traceparent: str,
         *,
+        was_unclaimed: bool = False,
         has_begun: bool = False,
         state: Literal["working", "done"] = "working",
     ) -> Held | Standing:
-        """Claim a job for `delivery`, or tell whose it is. `has_begun`: it was run without a claim until now.
+        """Claim a job for `delivery`, or tell whose it is.
+
+        `was_unclaimed`: an earlier delivery may have run it without a claim: then it may be settled, and a later one
+        presumes one try. `has_begun`: this one has run without until now.
 
         Raises `DurableWorkUnavailable`, `ConnectionLost`, `PermissionDenied`, `DeadlineExceeded`.
         """
@@ -71,10 +76,9 @@ class Claims:
             epoch=self._epoch,
             delivery=delivery.num_delivered,
             stream_sequence=delivery.stream_sequence,
-            attempt=1 + presumed_attempts(delivery),
+            attempt=2 if was_unclaimed and delivery.num_delivered > 1 else 1,
             traceparent=traceparent,
         )
-        may_be_settled = is_unique(delivery.headers) and not has_begun
         found, revision = await self._read(key) if delivery.num_delivered > 1 else (None, 0)
         for _ in range(_MAX_TRIES):
             stands = standing(found, delivery)
@@ -82,7 +86,7 @@ class Claims:
                 stands = Standing.FREE
             if has_begun and found is not None and _is_of_one_delivery(found, ours):
                 stands, ours = Standing.FREE, msgspec.structs.replace(ours, progress=found.progress)
-            if may_be_settled and found is None and not await self._is_in_stream(delivery.stream_sequence):
+            if was_unclaimed and found is None and await self._is_settled(delivery.stream_sequence):
                 return Standing.SETTLED
             if stands not in (Standing.FREE, Standing.OURS):
                 return stands
@@ -138,6 +142,12 @@ class Claims:
         except NoStream:
             await ensure_stream(self._jetstream, self._streams.claims)
             return (await self._jetstream.publish(key, payload, headers)).sequence
+
+    async def _is_settled(self, sequence: int) -> bool:
+        """What may not be looked at is taken to be there. Nor is a "gone" acked: a replica may be behind."""
+        with contextlib.suppress(PermissionDenied):
+            return not await self._is_in_stream(sequence)
+        return False
 
     async def _is_in_stream(self, sequence: int) -> bool:
         return await self._jetstream.message(self._streams.jobs.name, sequence) is not None

@@ -34,7 +34,7 @@ from bus.jobs.verdict import (
     Standing,
     after_failure,
     attempts,
-    may_run_unclaimed,
+    needs_no_claim_at_first,
     pause_s,
 )
 from observability.active_span import Span
@@ -99,7 +99,8 @@ class Settlement:
         self._span = span
         self._job_id = job_id_of(delivery.headers, delivery.stream_sequence, delivery.stored_at_ns)
         self._held: Held | None = None
-        self._lease = lease if may_run_unclaimed(place.config, delivery) else None
+        self._may_be_unclaimed = needs_no_claim_at_first(place.config, delivery)
+        self._lease = lease if self._may_be_unclaimed and delivery.num_delivered == 1 else None
         """As long as there is no claim, and need be none."""
         self._has_returned = False
 
@@ -155,7 +156,12 @@ class Settlement:
         headers: dict[str, str] = {}
         inject(headers, self._span)
         return await self._place.claims.take(
-            self._delivery, self._job_id, headers.get(TRACEPARENT, ""), has_begun=has_begun, state=state
+            self._delivery,
+            self._job_id,
+            headers.get(TRACEPARENT, ""),
+            was_unclaimed=self._may_be_unclaimed and not has_begun,
+            has_begun=has_begun,
+            state=state,
         )
 
     async def _claim_late(self, state: Literal["working", "done"] = "working") -> None:

@@ -54,22 +54,12 @@ def standing(claim: JobClaim | None, delivery: Delivery) -> Standing:
     return Standing.OURS if claim.delivery < delivery.num_delivered else Standing.SUPERSEDED
 
 
-def may_run_unclaimed(config: JobQueueConfig, delivery: Delivery) -> bool:
-    """Whether a delivery needs no claim while its lease is sure: nobody else has the job, nor had it before.
+def needs_no_claim_at_first(config: JobQueueConfig, delivery: Delivery) -> bool:
+    """Whether the first delivery of this job runs without a claim while its lease is sure: nobody else can have it.
 
-    A later delivery presumes that this one was a try, whether it began or not; so not where one try is all there is.
+    Later ones presume that it was a try, whether it began or not; so not where one try is all there is.
     """
-    return (
-        not config.idempotent_handler
-        and config.max_deliver > 1
-        and delivery.num_delivered == 1
-        and is_unique(delivery.headers)
-    )
-
-
-def presumed_attempts(delivery: Delivery) -> int:
-    """Earlier deliveries that count against a job without a claim: it may have been run without."""
-    return 1 if delivery.num_delivered > 1 and is_unique(delivery.headers) else 0
+    return not config.idempotent_handler and config.max_deliver > 1 and is_unique(delivery.headers)
 
 
 def attempts(delivery: Delivery, claim: JobClaim | None) -> int:
