@@ -18,6 +18,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from bus.control_plane.acks import TIMEOUT_S, Acks
 from bus.control_plane.delivery import ACK, Delivery, nak, term
 from bus.control_plane.jetstream import JetStream
 from bus.control_plane.lease import Horizon, Lease, now_s
@@ -47,7 +48,6 @@ from schemas.subjects import InvalidIdentifier, Subject
 
 JobHandler = Callable[[Any], Awaitable[None]]
 
-_ACK_TIMEOUT_S = 5.0
 _ACK_PAUSE_S = 0.25
 HAND_BACK_TIMEOUT_S = 2.0
 _LOG = logging.getLogger(__name__)
@@ -80,11 +80,13 @@ class Workplace:
     dead_letters: DeadLetters
     stats: JobStats = field(default_factory=JobStats)
     horizon: Horizon = field(default_factory=Horizon)
+    acks: Acks = field(init=False)
     slots: asyncio.Semaphore = field(init=False)
     ack_wait_s: float = field(init=False)
     """The consumer's, which may differ from the declared one."""
 
     def __post_init__(self) -> None:
+        self.acks = Acks(self.jetstream)
         self.slots = asyncio.Semaphore(self.config.concurrency)
         self.ack_wait_s = self.config.ack_wait_s
 
@@ -329,7 +331,10 @@ class Settlement:
                 if done:
                     self._place.claims.finish(done)
                 said_s = now_s()
-                await self._place.jetstream.confirm(self._delivery.ack_subject, word, _ACK_TIMEOUT_S)
+                if word is ACK:
+                    await self._place.acks.confirm(self._delivery.ack_subject)
+                else:
+                    await self._place.jetstream.confirm(self._delivery.ack_subject, word, TIMEOUT_S)
                 self._place.horizon.advance(said_s)
                 return
             except JobTakenOver:
