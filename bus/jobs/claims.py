@@ -65,8 +65,9 @@ class Claims:
 
         Raises `DurableWorkUnavailable` where it forgets claims sooner, and what making a stream raises.
         """
-        self._claim_s = max(self._claim_s, claim_s)
-        await ensure_claims(self._jetstream, self._streams.claims, self._claim_s)
+        longest_s = max(self._claim_s, claim_s)
+        await ensure_claims(self._jetstream, self._streams.claims, longest_s)
+        self._claim_s = longest_s
 
     async def take(
         self,
