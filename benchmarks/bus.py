@@ -6,8 +6,9 @@ One responder and one client process, on uvloop; the same record of 1.1 KB goes 
 (nats-py, bytes), `raw_nats_typed` (and msgspec at both ends), `nats_micro` (bytes), `nixlbus` (tracing off),
 `nixlbus_sampled_out` and `nixlbus_traced` (exported to a receiver in this process), `raw_jetstream` (publish, fetch of
 32, ack), `nixlbus_own_job_ids` (jobs with claims), `nixlbus_idempotent` (never claimed, acks unconfirmed), and with
---peers FastStream, in an environment of its own. They take turns in rounds. A ratio is taken within each round and the median over the rounds is held against its limit; so is
-a difference of processor time, which is that of client and responder together.
+--peers FastStream, in an environment of its own. They take turns in rounds. A ratio is taken within each round and the
+median over the rounds is held against its limit; so is a difference of processor time, which is that of client and
+responder together.
 """
 
 import argparse

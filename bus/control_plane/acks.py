@@ -13,7 +13,6 @@ from contextvars import Context
 
 from bus.control_plane.delivery import ACK, IN_PROGRESS
 from bus.control_plane.jetstream import JetStream
-from bus.errors import BusError
 
 TIMEOUT_S = 5.0
 
@@ -44,10 +43,10 @@ class Acks:
         while self._waiting:
             batch, self._waiting = self._waiting, []
             subject = batch[0][0] if word is ACK else batch[-1][0]
-            failed: BusError | None = None
+            failed: Exception | None = None
             try:
                 await self._jetstream.confirm(subject, word, TIMEOUT_S)
-            except BusError as error:
+            except Exception as error:  # whatever it is, nobody waits for ever
                 failed = error
             for _, confirmed in batch:
                 if confirmed.done():  # its waiter was cancelled

@@ -58,7 +58,7 @@ async def test_a_worker_that_waited_long_for_a_job_writes_no_claim_either(bus: B
 
 
 async def test_a_job_that_runs_past_ack_wait_is_kept_without_a_claim(bus: Bus, caller: Bus) -> None:
-    config, seen = queue(ack_wait_s=1.2), list[int]()
+    config, seen = queue(ack_wait_s=1.8), list[int]()
 
     async def handler(task: Task) -> None:
         seen.append(task.number)
@@ -69,7 +69,7 @@ async def test_a_job_that_runs_past_ack_wait_is_kept_without_a_claim(bus: Bus, c
     await bus.submit(config, Task(number=1))
     await until(lambda: sum(consumer.stats.num_done for consumer in consumers) == 1)
     assert seen == [1]
-    assert await num_claim_writes(bus) <= before + 1, "its lease was not renewed"
+    assert await num_claim_writes(bus) == before, "its lease was not renewed"
 
 
 async def test_a_silent_worker_s_end_is_not_heard_while_another_has_the_job(bus: Bus, caller: Bus) -> None:

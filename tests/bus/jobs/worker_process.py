@@ -34,7 +34,7 @@ async def main(url: str, worker_id: str, name: str, journal: str, mode: str) -> 
         print("ready", flush=True)
         consumer = await bus.work(queue(queue=name, concurrency=4, ack_wait_s=1.5, max_deliver=3), handler)
         await asyncio.to_thread(sys.stdin.read)
-        note(f"end {consumer.stats.num_done} {worker_id} {consumer.stats.num_skipped}")
+    note(f"end {consumer.stats.num_done} {worker_id} {consumer.stats.num_skipped}")
 
 
 if __name__ == "__main__":
