@@ -49,7 +49,11 @@ async def test_a_queue_whose_attempts_would_be_forgotten_is_refused(tmp_path: Pa
         await client.connect(server.url)
         name = bus._durable._streams.claims.name
         await client.jetstream().add_stream(
-            name=name, subjects=bus._durable._streams.claims.subjects, max_age=4.0, duplicate_window=1.0
+            name=name,
+            subjects=bus._durable._streams.claims.subjects,
+            max_age=4.0,
+            duplicate_window=1.0,
+            allow_direct=True,
         )
         with pytest.raises(DurableWorkUnavailable, match="--max-age=6s"):
             await bus.work(forgetful, noting([]))
