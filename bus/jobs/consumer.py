@@ -124,6 +124,8 @@ class JobConsumer:
 
     async def _provision(self) -> None:
         await ensure_stream(self._jetstream, self._streams.jobs)
+        if not self.config.idempotent_handler:
+            await self._place.claims.ensure(self.config.claim_s)
         self._place.ack_wait_s = await ensure_consumer(self._jetstream, self._consumer)
         self._pull.request_s = min(LONGEST_REQUEST_S, self._place.ack_wait_s / 3)
         if self._place.ack_wait_s != self.config.ack_wait_s:

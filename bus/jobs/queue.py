@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from bus.errors import LocalProtocolError
-from schemas.jobs import JOB_ID_HEADER, MSG_ID_HEADER, REPLAY_HEADER, UNIQUE_HEADER
+from schemas.jobs import JOB_ID_HEADER, MSG_ID_HEADER, REPLAY_HEADER, UNIQUE_HEADER, durable_name
 from schemas.message import Message
 from schemas.subjects import Subject, Subjects, identifier
 
+PAUSE_JITTER = 0.2
+"""The part by which a pause is longer or shorter, by chance."""
 JOB_ID = re.compile(r"[\x21-\x7e]{1,128}")
 """What may stand in a header, without a space."""
 
@@ -66,7 +68,14 @@ class JobQueueConfig:
     @property
     def durable(self) -> str:
         """The name of its consumer."""
-        return f"{self.graph}_{self.queue}"
+        return durable_name(self.graph, self.queue)
+
+    @property
+    def claim_s(self) -> float:
+        """The longest that may pass between two writes to a job's claim, by a worker that finds room for the job:
+        a delivery, the silence of its worker, a pause. A claim that is forgotten sooner forgets attempts.
+        """
+        return self.max_duration_s + self.ack_wait_s + max(self.backoff_s) * (1 + PAUSE_JITTER)
 
 
 @dataclass(frozen=True, slots=True)

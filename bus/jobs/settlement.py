@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import logging
 import random
+import re
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -50,6 +51,7 @@ JobHandler = Callable[[Any], Awaitable[None]]
 
 _ACK_PAUSE_S = 0.25
 HAND_BACK_TIMEOUT_S = 2.0
+_TTL_MS = re.compile("[0-9]{1,15}")
 _LOG = logging.getLogger(__name__)
 
 
@@ -114,12 +116,11 @@ class Settlement:
                     await self._run()
                     self._has_returned = True
                     await self._done()
-        except asyncio.CancelledError as error:
+        except (Exception, asyncio.CancelledError) as error:
             self._span.fail(error)
-            await self._hand_back()
-        except Exception as error:
-            self._span.fail(error)
-            if await self._is_still_ours(error):
+            if _is_being_cancelled(error):
+                await self._hand_back()
+            elif await self._is_still_ours(error):
                 await self._failed(error)
 
     async def _is_our_turn(self) -> bool:
@@ -205,7 +206,7 @@ class Settlement:
         """When this delivery must end, and whether the job's own time ends then. Raises `JobExpired`."""
         limit_s = self._config.max_duration_s
         ttl_ms = self._delivery.headers.get(TTL_HEADER, "")
-        if not ttl_ms.isdigit():
+        if not _TTL_MS.fullmatch(ttl_ms):
             return Deadline(time.monotonic() + limit_s), False
         left_s = int(ttl_ms) / 1000 - self._place.jetstream.age_s(self._delivery.stored_at_ns)
         if left_s <= 0:
@@ -236,7 +237,7 @@ class Settlement:
                 return
         await self._settled_by(ACK, done=self._held)
 
-    async def _failed(self, error: Exception) -> None:
+    async def _failed(self, error: BaseException) -> None:
         worker_id = self._place.worker_id
         verdict = after_failure(self._config, error, self._num_attempts, worker_id, self._span.trace_id)
         if isinstance(verdict, Bury):
@@ -247,7 +248,7 @@ class Settlement:
             self._log(logging.INFO, f"failed and comes again in {verdict.delay_s:.1f} s", error)
             await self._nak(verdict.delay_s)
 
-    async def _is_still_ours(self, error: Exception) -> bool:
+    async def _is_still_ours(self, error: BaseException) -> bool:
         """Whether a failed delivery may say what becomes of the job: a later one may be at work on it by now."""
         try:
             if self._held and not isinstance(error, JobTakenOver):
@@ -274,7 +275,7 @@ class Settlement:
         num_attempts = min(self._num_attempts, self._config.max_deliver)
         try:
             await place.dead_letters.bury(self._delivery, fault, num_attempts, place.worker_id, self._span.trace_id)
-        except BusError as error:
+        except Exception as error:  # a job that can't be buried must not come back at once, whatever the reason
             self._log(logging.ERROR, "can't be stored as a dead letter, and stays in its queue", error)
             await self._nak(self._config.backoff_s[-1])
             return
@@ -369,3 +370,9 @@ class Settlement:
             f": {error}" if error else "",
             exc_info=None if expected else error,
         )
+
+
+def _is_being_cancelled(error: BaseException) -> bool:
+    """Whether the delivery's own task is to end: a handler may also meet the cancellation of what it waits for."""
+    task = asyncio.current_task()
+    return isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling() > 0

@@ -11,13 +11,12 @@ import msgspec
 
 from bus.control_plane.delivery import Delivery
 from bus.errors import BusError, DeadlineExceeded, fault_of
-from bus.jobs.queue import JobQueueConfig, is_unique
+from bus.jobs.queue import PAUSE_JITTER, JobQueueConfig, is_unique
 from schemas.fault import Fault, FaultCode
 from schemas.jobs import JobClaim
 
 HAND_BACK_DELAY_S = (0.05, 0.25)
 """For a job that a draining worker gives back: enough for the worker to have stopped asking."""
-_JITTER = 0.2
 
 
 class JobExpired(DeadlineExceeded):
@@ -106,4 +105,4 @@ def _named(fault: Fault, error: BaseException) -> Fault:
 def pause_s(config: JobQueueConfig, num_attempts: int) -> float:
     """The pause after the delivery of that number, counted from 1."""
     planned = config.backoff_s[min(max(1, num_attempts), len(config.backoff_s)) - 1]
-    return planned * random.uniform(1 - _JITTER, 1 + _JITTER)  # noqa: S311
+    return planned * random.uniform(1 - PAUSE_JITTER, 1 + PAUSE_JITTER)  # noqa: S311
