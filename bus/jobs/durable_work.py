@@ -7,6 +7,7 @@ before one of them is used, so a bus on a server without it works as ever.
 import asyncio
 import secrets
 import time
+from collections.abc import Sequence
 
 from bus.config import BusConfig
 from bus.control_plane.connection import Connection
@@ -21,7 +22,7 @@ from bus.jobs.media import MediaStore
 from bus.jobs.queue import JobQueueConfig, JobReceipt, checked_job_id, message_id
 from bus.jobs.settlement import JobHandler, Workplace
 from bus.jobs.spans import submit_span
-from bus.jobs.streams import Streams, ensure_stream
+from bus.jobs.streams import ConsumerSettings, Streams, ensure_consumer, ensure_stream
 from observability.active_span import Span
 from observability.propagation import inject
 from schemas.codec import encode
@@ -63,6 +64,29 @@ class DurableWork:
         await consumer.open(self._config.connect_timeout_s)
         self._consumers.append(consumer)
         return consumer
+
+    async def provision(self, queues: Sequence[JobQueueConfig], *, media: bool) -> list[str]:
+        """Make what is missing for `queues` and large messages; see `Bus.provision`."""
+        streams = self._streams
+        wanted = [streams.jobs, streams.dead_letters, streams.claims] if queues else []
+        if media:
+            wanted.append(streams.media)
+        for stream in wanted:
+            await ensure_stream(self._jetstream, stream)
+        consumers = [
+            ConsumerSettings(
+                streams.jobs.name,
+                queue.durable,
+                queue.subject(self._subjects),
+                queue.ack_wait_s,
+                queue.max_ack_pending,
+                queue.max_deliver,
+            )
+            for queue in queues
+        ]
+        for consumer in consumers:
+            await ensure_consumer(self._jetstream, consumer)
+        return [*(stream.name for stream in wanted), *(consumer.name for consumer in consumers)]
 
     async def submit(
         self,
