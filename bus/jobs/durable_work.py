@@ -19,10 +19,11 @@ from bus.jobs.claims import Claims
 from bus.jobs.consumer import JobConsumer
 from bus.jobs.dead_letters import HEADROOM_BYTES, DeadLetters
 from bus.jobs.media import MediaStore
+from bus.jobs.provision import provision
 from bus.jobs.queue import JobQueueConfig, JobReceipt, checked_job_id, message_id
 from bus.jobs.settlement import JobHandler, Workplace
 from bus.jobs.spans import submit_span
-from bus.jobs.streams import ConsumerSettings, Streams, ensure_consumer, ensure_stream
+from bus.jobs.streams import Streams, ensure_stream
 from observability.active_span import Span
 from observability.propagation import inject
 from schemas.codec import encode
@@ -67,26 +68,7 @@ class DurableWork:
 
     async def provision(self, queues: Sequence[JobQueueConfig], *, media: bool) -> list[str]:
         """Make what is missing for `queues` and large messages; see `Bus.provision`."""
-        streams = self._streams
-        wanted = [streams.jobs, streams.dead_letters, streams.claims] if queues else []
-        if media:
-            wanted.append(streams.media)
-        for stream in wanted:
-            await ensure_stream(self._jetstream, stream)
-        consumers = [
-            ConsumerSettings(
-                streams.jobs.name,
-                queue.durable,
-                queue.subject(self._subjects),
-                queue.ack_wait_s,
-                queue.max_ack_pending,
-                queue.max_deliver,
-            )
-            for queue in queues
-        ]
-        for consumer in consumers:
-            await ensure_consumer(self._jetstream, consumer)
-        return [*(stream.name for stream in wanted), *(consumer.name for consumer in consumers)]
+        return await provision(self._jetstream, self._streams, self._subjects, queues, media=media)
 
     async def submit(
         self,
