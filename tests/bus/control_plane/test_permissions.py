@@ -497,6 +497,20 @@ async def test_durable_work_is_done_without_the_right_to_make_anything(tmp_path:
         await store.media.delete(reference)
 
 
+async def test_a_role_that_provisions_makes_what_it_misses(tmp_path: Path) -> None:
+    roles = Roles(graph="media", roles={"transcoder": RoleAccess(works=["transcode"], provisions=True)})
+    async with (
+        guarded_server(tmp_path, roles=with_people(roles)) as guarded,
+        Bus.open(guarded.config("transcoder"), data_plane=False) as worker,
+    ):
+
+        async def handle(request: GenerateRequest) -> None:
+            """Nothing."""
+
+        await worker.work(TRANSCODE, handle)
+        assert await worker.provision([TRANSCODE])
+
+
 async def test_what_is_durable_is_made_by_the_provisioner_and_used_by_its_own_roles_alone(tmp_path: Path) -> None:
     streams = ("NIXLBUS_JOBS", "NIXLBUS_DLQ", "KV_NIXLBUS_CLAIMS", "OBJ_NIXLBUS_MEDIA")
     stream, subject = "NIXLBUS_JOBS", f"{P}.job.media.transcode"
