@@ -33,13 +33,16 @@ class Worker:
     role: ClassVar[str] = "worker"
     """What it is called in worker ids and in discovery; the class's name in lower case unless it is set."""
     group: str = ""
-    """What its endpoints' subjects have in common; `role` unless it is set."""
+    """What its endpoints' subjects have in common. One that is written in the class or inherited from a class that
+    writes it; else the class's own `role`, so that two subclasses of one base don't share their requests."""
     needs_data_plane: ClassVar[bool] = False
     """Whether it moves tensors."""
     timeout_s: float = 60.0
     """What a request may take that brings no deadline, and whose endpoint doesn't say."""
     middleware: ClassVar[Sequence[Middleware]] = ()
     """Around every endpoint, the outermost first."""
+    _own_group: ClassVar[str | None] = None
+    """What the class itself writes as its group."""
 
     def __init__(self, bus: Bus) -> None:
         """A subclass may take more: what it depends on."""
@@ -50,8 +53,9 @@ class Worker:
         super().__init_subclass__(**keywords)
         if "role" not in cls.__dict__:
             cls.role = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", cls.__name__.lstrip("_")).lower()
-        if not cls.group:
-            cls.group = cls.role
+        if "_own_group" not in cls.__dict__:  # it is there in a class that a decorator has made anew
+            cls._own_group = cls.__dict__.get("group")
+        cls.group = _written_group(cls) or cls.role
 
     async def start(self) -> None:
         """Called before anything is served: load what that needs."""
@@ -148,6 +152,12 @@ class Worker:
             middleware=(*self.middleware, *options.middleware),
             reply_type=found.reply_type,
         )
+
+
+def _written_group(worker_type: type) -> str:
+    """What the class, or the nearest of its bases that writes a group, says; "" if none does."""
+    written = (each.__dict__.get("_own_group", each.__dict__.get("group")) for each in worker_type.__mro__)
+    return next((group for group in written if group is not None), "")
 
 
 def package_version() -> str:

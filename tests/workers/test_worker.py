@@ -216,6 +216,52 @@ def test_a_role_is_named_after_its_class_and_its_group_after_its_role() -> None:
     assert (Calculator.role, Calculator.group) == ("calculator", "math")
 
 
+class Base(Worker):
+    """What an application's workers share; it writes no group."""
+
+
+class Increment(Base):
+    @endpoint()
+    async def run(self, request: Add) -> Sum:
+        return Sum(total=request.a + 1)
+
+
+class Negate(Base):
+    @endpoint()
+    async def run(self, request: Add) -> Sum:
+        return Sum(total=-request.a)
+
+
+async def test_subclasses_of_a_base_that_writes_no_group_do_not_share_their_requests(
+    nats: EmbeddedServer, client: Bus
+) -> None:
+    async with (
+        Increment.running(BusConfig(worker_id="increment-1", nats_url=nats.url)),
+        Negate.running(BusConfig(worker_id="negate-1", nats_url=nats.url)),
+    ):
+        for a in range(8):
+            assert (await client.request(Increment.run, Add(a=a))).total == a + 1
+            assert (await client.request(Negate.run, Add(a=a))).total == -a
+
+
+def test_a_group_is_inherited_from_the_nearest_class_that_writes_it() -> None:
+    class Staging(Calculator): ...
+
+    class Both(Base, Staging): ...
+
+    class Production(Both):
+        group = "production"
+
+    class OnItsOwn(Staging):
+        group = ""
+
+    class AfterThat(OnItsOwn): ...
+
+    assert (Staging.role, Staging.group) == ("staging", "math")
+    assert (Base.group, Both.group, Production.group) == ("base", "math", "production")
+    assert (OnItsOwn.group, AfterThat.group) == ("on-its-own", "after-that")
+
+
 def test_every_role_has_a_class_that_bears_its_name() -> None:
     assert set(GRAPH_ROLES) < set(role_names())
     assert all(role_class(name).role == name for name in role_names())
