@@ -8,9 +8,22 @@ from typing import Any
 
 import pytest
 
-from bus import Bus, BusConfig, EmbeddedServer, Frame, LastFrame, Message, RemoteFault, RequestContext, current_request
+from bus import (
+    Bus,
+    BusConfig,
+    EmbeddedServer,
+    EndpointConfig,
+    Frame,
+    LastFrame,
+    Message,
+    RemoteFault,
+    RequestContext,
+    current_request,
+)
 from bus.errors import RequestRefused
 from schemas.fault import FaultCode
+from schemas.stream import StreamEnd
+from schemas.subjects import Subject
 from workers import Worker, endpoint, job, on_event
 from workers.declaration import DeclaredEndpoint, declared, request_type
 from workers.roles import GRAPH_ROLES, role_class, role_names
@@ -195,6 +208,38 @@ async def test_a_declaration_without_types_is_refused_before_anything_is_served(
     with pytest.raises(TypeError, match=r"vague must take one argument, annotated with a Message class"):
         async with Vague.running(BusConfig(worker_id="v", nats_url=nats.url)):
             raise AssertionError("it served")
+
+
+async def test_a_stream_of_messages_that_are_no_frames_is_refused_before_anything_is_served(
+    nats: EmbeddedServer,
+) -> None:
+    class Plain(Worker):
+        @endpoint()
+        async def plain(self, request: Add) -> AsyncGenerator[Number | Sum, None]:
+            yield Sum(total=0)
+
+    with pytest.raises(TypeError, match=r"Plain\.plain yields Sum: what a stream yields must be a Frame class"):
+        async with Plain.running(BusConfig(worker_id="p", nats_url=nats.url)):
+            raise AssertionError("it served")
+
+
+class Numbered(Message, frozen=True, kw_only=True, tag="test.numbered"):
+    seq: int
+
+
+async def test_a_handler_without_a_class_may_still_number_its_messages_itself(
+    nats: EmbeddedServer, client: Bus
+) -> None:
+    async def numbered(request: Add) -> AsyncGenerator[Numbered | StreamEnd, None]:
+        yield Numbered(seq=0)
+        yield Numbered(seq=1)
+        yield StreamEnd(seq=2)
+
+    subject = Subject("test.numbered", "test.numbered")
+    async with Bus.open(BusConfig(worker_id="old", nats_url=nats.url), data_plane=False) as old:
+        await old.serve(EndpointConfig("numbered", subject, Add), numbered)
+        frames = [frame async for frame in client.stream(subject, Add(a=0), Numbered, timeout_s=5)]
+    assert frames == [Numbered(seq=0), Numbered(seq=1)]
 
 
 def test_a_handler_whose_request_has_no_message_type_is_refused() -> None:
