@@ -13,6 +13,7 @@ and others call it with `await bus.request(Calculator.add, Add(a=1, b=2))`. Work
 queue group.
 """
 
+import asyncio
 import re
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -58,10 +59,10 @@ class Worker:
         cls.group = _written_group(cls) or cls.role
 
     async def start(self) -> None:
-        """Called before anything is served: load what that needs."""
+        """Called before anything is served: load what that needs. It is cancelled if the worker is told to stop."""
 
     async def stop(self) -> None:
-        """Called after everything has drained."""
+        """Called after everything has drained, if `start` returned."""
 
     @property
     def not_ready(self) -> str:
@@ -123,14 +124,27 @@ class Worker:
 
     @asynccontextmanager
     async def serving(self, drain_timeout_s: float = DRAIN_TIMEOUT_S) -> AsyncIterator[None]:
-        """Start, serve, and at the end drain and stop."""
+        """Start, serve, and at the end drain and stop.
+
+        `stop` follows a `start` that returned, whatever fails or is cancelled after it; a `start` that doesn't return
+        cleans up after itself. Cancelled while it drains, it drains no longer: whose request is left is told so.
+        """
+        await self.start()
         try:
-            await self.start()
-            await self.serve()
-            yield
+            try:
+                await self.serve()
+                yield
+            finally:
+                await self._drain(drain_timeout_s)
         finally:
-            await self.bus.drain(drain_timeout_s)
             await self.stop()
+
+    async def _drain(self, timeout_s: float) -> None:
+        try:
+            await self.bus.drain(timeout_s)
+        except asyncio.CancelledError:
+            await self.bus.drain(0.0)
+            raise
 
     def _endpoint_config(self, found: DeclaredEndpoint) -> EndpointConfig:
         options = found.options

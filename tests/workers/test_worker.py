@@ -196,6 +196,71 @@ async def test_a_worker_starts_before_it_serves_and_stops_after_it_drained(nats:
     assert worker.log == ["start", "stop"]
 
 
+class Fragile(Worker):
+    """Says which of its steps were taken; `failing` raises."""
+
+    def __init__(self, bus: Bus, failing: str = "") -> None:
+        super().__init__(bus)
+        self.failing = failing
+        self.log: list[str] = []
+        self.begun = asyncio.Event()
+
+    async def start(self) -> None:
+        self.log.append("start")
+        if self.failing == "start":
+            raise OSError("the disk is full")
+
+    async def serve(self) -> None:
+        if self.failing == "serve":
+            raise OSError("the disk is full")
+        await super().serve()
+
+    async def stop(self) -> None:
+        self.log.append("stop")
+
+    @endpoint(timeout_s=600)
+    async def wait(self, request: Add) -> Sum:
+        self.begun.set()
+        await asyncio.sleep(600)
+        return Sum(total=0)
+
+
+@pytest.mark.parametrize(("failing", "steps"), [("start", ["start"]), ("serve", ["start", "stop"])])
+async def test_what_started_is_stopped_and_nothing_else(client: Bus, failing: str, steps: list[str]) -> None:
+    worker = Fragile(client, failing)
+    with pytest.raises(OSError, match="the disk is full"):
+        async with worker.serving():
+            raise AssertionError("it served")
+    assert worker.log == steps
+
+
+async def test_a_drain_that_is_cancelled_ends_tells_its_callers_and_stops(nats: EmbeddedServer, client: Bus) -> None:
+    workers: list[Fragile] = []
+    leave = asyncio.Event()
+
+    async def live() -> None:
+        async with Fragile.running(BusConfig(worker_id="fragile", nats_url=nats.url), drain_timeout_s=600) as worker:
+            workers.append(worker)
+            await leave.wait()
+
+    living = asyncio.create_task(live())
+    asking = asyncio.create_task(client.request(Fragile.wait, Add(a=1)))
+    async with asyncio.timeout(10):
+        while not workers:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        await workers[0].begun.wait()
+        leave.set()
+        while workers[0].not_ready != "draining":  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        living.cancel()
+        with pytest.raises(RemoteFault) as caught:
+            await asking
+        assert caught.value.fault.code == "cancelled"
+        with pytest.raises(asyncio.CancelledError):
+            await living
+    assert workers[0].log == ["start", "stop"]
+
+
 async def test_a_declaration_without_types_is_refused_before_anything_is_served(nats: EmbeddedServer) -> None:
     class Vague(Worker):
         @endpoint()
