@@ -105,9 +105,7 @@ async def frontend(nats_url: str, drain_timeout_s: int) -> AsyncIterator[Fronten
         "worker",
         "frontend",
         "--json",
-        env=environment(
-            NIXLBUS_NATS_URL=nats_url, NIXLBUS_HTTP_PORT="0", NIXLBUS_DRAIN_TIMEOUT_S=str(drain_timeout_s)
-        ),
+        env=environment(NIXLBUS_NATS_URL=nats_url, NIXLBUS_HTTP_PORT="0", NIXLBUS_DRAIN_TIMEOUT_S=str(drain_timeout_s)),
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.DEVNULL,
     )

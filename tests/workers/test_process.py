@@ -133,7 +133,7 @@ async def test_a_worker_that_connects_is_stopped_by_one_signal(tmp_path: Path) -
         writer.close()
 
     server = await asyncio.start_server(accept_and_say_nothing, "127.0.0.1", 0)
-    url = "nats://127.0.0.1:{}".format(server.sockets[0].getsockname()[1])
+    url = f"nats://127.0.0.1:{server.sockets[0].getsockname()[1]}"
     async with (
         server,
         running(tmp_path, "Slow", url, NIXLBUS_CONNECT_TIMEOUT_S="600") as worker,
