@@ -349,12 +349,17 @@ class Bus:
         When this returns, NATS knows of it: a request published after that is served.
         """
         if not self._hears_cancellations:
-            self._hears_cancellations = True
             await self._connection.subscribe(self.subjects.cancellations(), self._on_cancellation)
+            self._hears_cancellations = True
         endpoint = Endpoint(self._connection, self._inbox, self.worker_id, config, handler)
-        await endpoint.open()
-        await self._connection.confirm_subscriptions(self.config.connect_timeout_s)
         self._endpoints.append(endpoint)
+        try:
+            await endpoint.open()
+            await self._connection.confirm_subscriptions(self.config.connect_timeout_s, config.subject)
+        except BaseException:
+            self._endpoints.remove(endpoint)
+            await endpoint.drain(0.0)
+            raise
 
     async def work(self, config: JobQueueConfig, handler: JobHandler) -> JobConsumer:
         """Work on a queue of durable jobs until the bus closes: `handler` takes a message, and its return is the ack.
@@ -377,9 +382,10 @@ class Bus:
         """Store a durable job; when this returns, it will be done or be a dead letter, whoever dies.
 
         `queue`: its declaration, or `bus.subjects.job(graph, queue)`. `job_id`: the same job submitted again is not
-        stored again (for two minutes) and not run again (for a day); random if empty. `ttl_s`: how long it makes sense,
-        counted from now; then it is a dead letter. `timeout_s`: for the server's confirmation. After an error of the
-        connection it may have been stored: submit it again, with its `job_id`.
+        stored again (for two minutes) and not run again (for a day); if empty, one is made that no other job has, which
+        costs less. `ttl_s`: how long it makes sense, counted from now; then it is a dead letter. `timeout_s`: for the
+        server's confirmation. After an error of the connection it may have been stored: submit it again, with its
+        `job_id`.
 
         Raises `LocalProtocolError`, `PayloadTooLarge`, `DurableWorkUnavailable`, `PermissionDenied`, `ConnectionLost`,
         `DeadlineExceeded`.

@@ -96,6 +96,8 @@ class Fault(Message, frozen=True, kw_only=True, tag="fault"):
     message: str
     remedy: str = ""
     retryable: bool = False
+    begun: bool = False
+    """Whether the request's handler had begun, and didn't say that it refuses: something may have been done."""
     retry_after_ms: int = 0
     """Of a refusal for load: when a place is likely to be free."""
     worker_id: str = ""

@@ -7,6 +7,7 @@ context travels in the headers. A caller that goes away (is cancelled, closes a 
 """
 
 import asyncio
+import logging
 import secrets
 import time
 from collections.abc import AsyncGenerator, Sequence
@@ -20,7 +21,7 @@ from bus.control_plane.expiry import Expiries
 from bus.control_plane.inbox import Inbox, StreamWaiter
 from bus.control_plane.retry import ONCE, RetryPolicy
 from bus.deadline import Deadline
-from bus.errors import BusError, DeadlineExceeded, NoResponders, RemoteFault, RemoteProtocolError
+from bus.errors import BusError, ConnectionLost, DeadlineExceeded, NoResponders, RemoteFault, RemoteProtocolError
 from observability import semantic_conventions as names
 from observability.active_span import NO_SPAN, Span, SpanKind
 from observability.propagation import header_lines
@@ -39,11 +40,15 @@ from schemas.protocol import (
 from schemas.stream import LastFrame, StreamEnd
 from schemas.subjects import Subject, Subjects, may_be_answered
 
+_LOG = logging.getLogger(__name__)
 M = TypeVar("M", bound=Message)
 
 DEFAULT_WINDOW_FRAMES = 256
 """Frames of a stream that may be on their way or unread: more than a reader falls behind by, less than hurts."""
-MAX_PASSES = 8
+OVERTAKING_S = 0.5
+"""How long a frame may come after one that was sent after it."""
+MAX_EARLY_FRAMES = 1024
+MAX_PASSES = 10
 """How often a request may meet the worker that it avoids, before it is left to whoever gets it."""
 
 
@@ -81,7 +86,7 @@ class Caller:
         started_s = time.perf_counter()
         payload = encode(message)
         send = _send_span(subject, len(payload), None) if traced else None
-        attempts = _Attempts(retry, deadline, send)
+        attempts = _Attempts(self._connection, retry, deadline, send)
         try:
             while True:
                 try:
@@ -136,7 +141,7 @@ class Caller:
         deadline = Deadline.after(timeout_s)
         payload = encode(message)
         send = _send_span(subject, len(payload), parent)
-        attempts = _Attempts(retry, deadline, send)
+        attempts = _Attempts(self._connection, retry, deadline, send)
         metered = _Metered(meter or CallMeter(), len(payload))
         try:
             while True:
@@ -203,6 +208,8 @@ class Caller:
                     yield reply if reply_type is None else _decoded(reply, reply_type, subject)
                 except RemoteFault as fault:
                     yield fault
+                except RemoteProtocolError as error:
+                    _LOG.warning("one of many replies was dropped: %s", error)
 
     async def _ask(
         self, subject: Subject, payload: bytes, deadline: Deadline, send: Span | None, avoided: Sequence[str]
@@ -241,9 +248,10 @@ class RequestIds:
 class _Attempts:
     """The attempts of one call: counts them, and pauses between."""
 
-    __slots__ = ("_deadline", "_num_failed", "_num_passed", "_policy", "_refused", "_span", "avoided")
+    __slots__ = ("_connection", "_deadline", "_num_failed", "_num_passed", "_policy", "_refused", "_span", "avoided")
 
-    def __init__(self, policy: RetryPolicy, deadline: Deadline, span: Span | None) -> None:
+    def __init__(self, connection: Connection, policy: RetryPolicy, deadline: Deadline, span: Span | None) -> None:
+        self._connection = connection
         self.avoided: tuple[str, ...] = ()
         """Workers that refused, for as long as others may be found."""
         self._refused: set[str] = set()
@@ -255,10 +263,10 @@ class _Attempts:
 
     async def failed(self, error: BusError) -> None:
         """Return when it is time for the next attempt, or raise `error`."""
-        if isinstance(error, RemoteFault) and error.fault.code == FaultCode.DECLINED and self._num_passed < MAX_PASSES:
+        if self._was_declined(error):
             self._num_passed += 1
             if self._num_passed == MAX_PASSES:
-                self.avoided = ()
+                self.avoided = ()  # for good: there seems to be nobody else
             return
         self._num_failed += 1
         elsewhere = bool(error.peer) and error.peer not in self._refused
@@ -269,10 +277,20 @@ class _Attempts:
             self._span.event("retry", {"error": str(error), "pause_ms": round(pause_s * 1e3, 1)})
         if error.peer:
             self._refused.add(error.peer)
-        if error.peer and error.peer not in self.avoided:
+        if error.peer and error.peer not in self.avoided and self._num_passed < MAX_PASSES:
             self.avoided = (*self.avoided, error.peer)[-MAX_PASSES:]
-        self._num_passed = 0
         await asyncio.sleep(pause_s)
+        if isinstance(error, ConnectionLost):
+            await self._connection.connected(self._deadline)
+
+    def _was_declined(self, error: BusError) -> bool:
+        """Whether one of those that refused before got it again, and said no more than that."""
+        return (
+            bool(self.avoided)
+            and isinstance(error, RemoteFault)
+            and error.fault.code == FaultCode.DECLINED
+            and not error.fault.hops
+        )
 
 
 class _StreamCall:
@@ -295,24 +313,43 @@ class _StreamCall:
         self._subject = subject
         self._subjects = subjects
         self._last_types = (LastFrame, last_type)
+        self._early: dict[int, tuple[Any, str]] = {}
+        """Frames that overtook others, which those that travel by two servers may do."""
         self._credit_subject = ""
 
     async def next_frame(self, frame_type: Any, expected: int, deadline: Deadline, metered: "_Metered") -> Any:
         """The frame of number `expected`; one that comes a second time is passed over."""
-        while True:
-            message = await self.waiter.next(deadline)
+        while expected not in self._early:
+            message = await self._next_message(expected, deadline)
             metered.count(message)
             frame = _decoded(message, frame_type | StreamEnd, self._subject)
-            if not 0 <= frame.seq < expected:
-                break
-        if frame.seq != expected:
-            raise RemoteProtocolError(
-                f"frame {frame.seq} came where {expected} was due: part of the stream is lost",
-                subject=self._subject.name,
-            )
+            seq = getattr(frame, "seq", None)
+            if not isinstance(seq, int):
+                raise RemoteProtocolError(
+                    "a frame without a number: frames derive from Frame", subject=str(self._subject)
+                )
+            if seq >= expected:
+                self._early[seq] = (frame, message.reply)
+            if seq < 0 or len(self._early) > MAX_EARLY_FRAMES:
+                raise self._gap(expected)
+        frame, self._credit_subject = self._early.pop(expected)
         self.is_over = isinstance(frame, self._last_types)
-        self._credit_subject = message.reply
         return frame
+
+    async def _next_message(self, expected: int, deadline: Deadline) -> Msg:
+        """What comes next; where later frames are here already, the one that is due has little time left."""
+        if not self._early:
+            return await self.waiter.next(deadline)
+        try:
+            return await self.waiter.next(Deadline.at(min(deadline.at_s, time.monotonic() + OVERTAKING_S)))
+        except DeadlineExceeded:
+            raise self._gap(expected) from None
+
+    def _gap(self, expected: int) -> RemoteProtocolError:
+        came = min(self._early, default=-1)
+        return RemoteProtocolError(
+            f"frame {came} came where {expected} was due: part of the stream is lost", subject=self._subject.name
+        )
 
     def grant_more(self, num_read: int) -> None:
         """Answer a sender that asks how many frames were read."""

@@ -49,6 +49,8 @@ class CallerLink:
     def probe(self) -> None:
         """Find out whether the caller still listens, and tell it where to look for us."""
         self.probed_at_s = time.monotonic()
+        if not self._reply_subject.startswith("_INBOX."):
+            return  # not an inbox: what listens there can't be known, and is not to be written to
         with suppress(BusError):
             self._connection.publish_now(self._reply_subject, b"", reply=self._credit_subject, headers=PROBE)
 

@@ -25,6 +25,7 @@ from nats.js import JetStreamContext
 from bus.control_plane.direct_client import DirectClient, header_block
 from bus.control_plane.direct_client import Msg as Msg
 from bus.control_plane.nats_url import redacted as redacted
+from bus.deadline import Deadline
 from bus.errors import BusError, ConnectionLost, ControlPlaneError, PayloadTooLarge, PermissionDenied
 from schemas.subjects import Subject
 
@@ -39,6 +40,7 @@ STUCK_S = 30.0
 """A client that isn't back after this long is given up for a new one; nats-py tries every quarter of a second."""
 MAX_UNSENT_BYTES = 4 << 20
 """More than this in our buffers makes `publish` wait for the socket."""
+_LOOK_AGAIN_S = 0.02
 LINGER_S = 0.5
 """How long the old connection still delivers after a move: servers of a cluster tell each other of subscriptions."""
 
@@ -69,7 +71,8 @@ class Connection:
         self._subscriptions: set[Subscription] = set()
         self._listeners: list[LossListener] = []
         self._last_error = ""
-        self._denied_subscription = ""
+        self._denied: set[str] = set()
+        self._num_subscribed = 0
         self._is_open = False
         self._rebuilding: asyncio.Task[None] | None = None
         self._retiring: set[asyncio.Task[None]] = set()
@@ -111,6 +114,12 @@ class Connection:
     def jetstream(self, timeout_s: float = 5.0) -> JetStreamContext:
         """nats-py's JetStream on the client of now; ask again for each use, since the client may be another by then."""
         return self._client.jetstream(timeout=timeout_s)
+
+    async def connected(self, deadline: Deadline) -> bool:
+        """Wait for the connection to be up; returns whether it is, at the latest at `deadline`."""
+        while not self.is_connected and not deadline.expired:  # noqa: ASYNC110  # during an outage alone
+            await asyncio.sleep(min(_LOOK_AGAIN_S, max(0.0, deadline.remaining_s)))
+        return self.is_connected
 
     def on_loss(self, listener: LossListener) -> None:
         """Call `listener` when the connection drops or the server denies a subject."""
@@ -173,7 +182,9 @@ class Connection:
         `queue_group` None: none at all, where the server's "no responders" is to arrive, which it sends to such
         subscriptions alone; what comes during a move may then come twice.
         """
-        group = "" if queue_group is None else queue_group or self._own_group
+        self._num_subscribed += 1
+        own_group = f"{self._own_group}-{self._num_subscribed}"  # the server merges a group over all its subjects
+        group = "" if queue_group is None else queue_group or own_group
         subscription = Subscription(str(subject), group, callback)
         self._subscriptions.add(subscription)
         try:
@@ -197,16 +208,19 @@ class Connection:
         """Wait until the server has seen everything published and subscribed so far."""
         await self._flush(self._client, timeout_s)
 
-    async def confirm_subscriptions(self, timeout_s: float) -> None:
+    async def confirm_subscriptions(self, timeout_s: float, *subjects: Subject | str) -> None:
         """Wait until a message from any other connection finds what was subscribed to so far.
 
         Two flushes: with nats-server 2.15, after one, a request from another connection met "no responders" in 2 to 7
-        of 100 tries; after two in none of 1,500. Raises `PermissionDenied` if the server denied one of them.
+        of 100 tries; after two in none of 1,500. Raises `PermissionDenied` if the server denied one of `subjects`,
+        or of all where none is named.
         """
         await self._flush_twice(self._client, timeout_s)
-        denied, self._denied_subscription = self._denied_subscription, ""
-        if denied:  # the server's refusal came before its answer to the flush
-            raise PermissionDenied("the NATS server denied a subscription", subject=denied)
+        # A refusal comes before the answer to the flush.
+        denied = self._denied & {str(subject).lower() for subject in subjects} if subjects else set(self._denied)
+        self._denied -= denied
+        if denied:
+            raise PermissionDenied("the NATS server denied a subscription", subject=min(denied))
 
     def statistics(self) -> dict[str, int]:
         """Messages and bytes in and out, and reconnects, of the client of now; and how many clients were made anew."""
@@ -242,6 +256,7 @@ class Connection:
             self._rebuild(client, "the connection was closed")
 
         async def on_lame_duck() -> None:
+            client.is_leaving = True
             self._rebuild(client, "the server is about to stop")
 
         try:
@@ -292,6 +307,7 @@ class Connection:
             raise ConnectionLost("not connected to NATS right now")
         try:
             async with asyncio.timeout(timeout_s):
+                client.write()  # nats-py's PING goes ahead of what is still to be written
                 await client.flush()
         except (TimeoutError, OSError, NatsError) as error:
             raise ConnectionLost(f"NATS did not answer a flush within {timeout_s:g} s: {error}") from None
@@ -306,7 +322,7 @@ class Connection:
         if denied:
             subject = denied.group(1)
             if "for subscription to" in str(error).lower():
-                self._denied_subscription = subject
+                self._denied.add(subject.lower())
             self._tell(PermissionDenied("the NATS server denied the subject", subject=subject), subject)
         elif client.is_connected and self._is_open:
             _LOG.warning("NATS reports to %s: %s", self.name, error)
@@ -318,6 +334,7 @@ class Connection:
         self._watch_for_return(client)
 
     def _on_reconnected(self, client: DirectClient) -> None:
+        client.is_leaving = False
         if client is self._client and self._stuck:
             self._stuck.cancel()
 
@@ -352,7 +369,7 @@ class Connection:
                 await self._discard(client)
                 raise
             await asyncio.sleep(REBUILD_PAUSES_S[min(attempt, len(REBUILD_PAUSES_S) - 1)])
-            if old.is_connected and not _is_leaving(old):
+            if old.is_connected and not old.is_leaving:
                 return  # it came back by itself
         self._client = client
         self.num_rebuilt += 1
@@ -360,7 +377,7 @@ class Connection:
         retiring = asyncio.get_running_loop().create_task(self._retire(old), context=Context())
         self._retiring.add(retiring)
         retiring.add_done_callback(self._retiring.discard)
-        if client.is_closed or _is_leaving(client):  # since it was made
+        if client.is_closed or client.is_leaving:  # since it was made
             self._rebuild(client, "the new server is about to stop too")
 
     async def _take_over(self, client: DirectClient) -> None:
@@ -408,8 +425,3 @@ class Connection:
     def _tell(self, error: ControlPlaneError, subject: str) -> None:
         for listener in self._listeners:
             listener(error, subject)
-
-
-def _is_leaving(client: DirectClient) -> bool:
-    """Whether its server has said that it will stop."""
-    return bool(client._server_info.get("ldm"))

@@ -24,7 +24,10 @@ from bus.control_plane.tls_client import TlsClient
 
 HEADER_LINE = b"NATS/1.0"
 _STATUS_CHARACTERS = 3
-_HEADER = re.compile(r"\n([^:\r\n]+):[ \t]*([^\r\n]*?)[ \t]*\r")
+_HEADER = re.compile(r"\n([^:\r\n]++):([^\r\n]*+)\r")
+"""Possessive, so that whatever a peer sends is read in one pass."""
+MAX_HEADER_BYTES = 64 << 10
+"""A longer block counts as none: the headers that anybody needs take less than a kilobyte."""
 _INHERENT_ERRORS = ("stale connection",)
 """What the base class treats as a broken connection already."""
 
@@ -63,6 +66,8 @@ class DirectClient(TlsClient):
         self._on_broken = on_broken
         self._write_is_due = False
         self._num_sent_together = 0
+        self.is_leaving = False
+        """Whether its server has said that it will stop."""
         self._loop = asyncio.get_running_loop()
 
     async def receive(self, subject: str, queue_group: str, callback: Callable[[Msg], None]) -> int:
@@ -98,7 +103,7 @@ class DirectClient(TlsClient):
             self._write_is_due = True
             self._loop.call_soon(self._end_turn)
             if self._num_sent_together <= 1:
-                self._write()
+                self.write()
             self._num_sent_together = 0
         self._num_sent_together += 1
 
@@ -112,14 +117,15 @@ class DirectClient(TlsClient):
     async def sent(self) -> None:
         """Wait until the socket has taken most of what was sent."""
         if self._transport is not None and self.is_connected:
-            self._write()
+            self.write()
             await self._transport.drain()  # type: ignore[no-untyped-call]
 
     def _end_turn(self) -> None:
         self._write_is_due = False
-        self._write()
+        self.write()
 
-    def _write(self) -> None:
+    def write(self) -> None:
+        """Write what was sent in this turn so far."""
         if self._pending and self.is_connected and self._transport is not None:
             commands, self._pending, self._pending_data_size = self._pending, [], 0
             self._transport.write(commands[0] if len(commands) == 1 else b"".join(commands))
@@ -191,8 +197,10 @@ def header_block(headers: dict[str, str]) -> bytes:
 
 def parse_headers(block: bytes) -> dict[str, str]:
     """Header names to values. Never raises, whatever a peer sent: a line that is no header is left out."""
+    if len(block) > MAX_HEADER_BYTES:
+        return {}
     text = block.decode(errors="replace")
-    headers = dict(_HEADER.findall(text))
+    headers = {name: value.strip(" \t") for name, value in _HEADER.findall(text)}
     if not text.startswith("NATS/1.0\r"):
         status = text.partition("\r\n")[0][len(HEADER_LINE) :].strip()
         headers["Status"] = status[:_STATUS_CHARACTERS]

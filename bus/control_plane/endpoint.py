@@ -23,9 +23,10 @@ from bus.control_plane.connection import Connection, Msg, Subscription
 from bus.control_plane.inbox import Inbox
 from bus.control_plane.listing import Listing, Load, Statistics
 from bus.control_plane.request_context import Middleware, working_on
+from bus.control_plane.work import MAX_TTL_S as MAX_TTL_S
 from bus.control_plane.work import Work
 from bus.deadline import work_under
-from bus.errors import BusError, Cancelled, DeadlineExceeded, Declined, Draining, Overloaded
+from bus.errors import BusError, Cancelled, DeadlineExceeded, Declined, Draining, LocalProtocolError, Overloaded
 from observability import semantic_conventions as names
 from observability.active_span import ROOT, Span, SpanKind
 from observability.propagation import extract, span_context_of
@@ -39,11 +40,11 @@ from schemas.protocol import (
 from schemas.subjects import InvalidIdentifier, Subject, may_be_answered
 
 Handler = Callable[[Any], Awaitable[Message | None] | AsyncGenerator[Message, None]]
-MAX_TTL_S = 3600.0
-MAX_WINDOW_FRAMES = 65_536
 PROBE_AFTER_S = 0.05
 """When a request takes so long that its caller is looked for, and told where to look for us: a message more is little
 then. A worker that is killed before is missed by nothing but the caller's deadline."""
+STOP_GRACE_S = 1.0
+"""What a handler may take to end that was cancelled at the end of a drain."""
 PROBE_INTERVAL_S = 1.0
 """How often then."""
 _MIN_RETRY_AFTER_MS = 5
@@ -73,6 +74,16 @@ class EndpointConfig:
     middleware: tuple[Middleware, ...] = ()
     reply_type: Any = None
     """What discovery tells of the answer: a message class, a union of frames, or None."""
+
+    def __post_init__(self) -> None:
+        """Raises `LocalProtocolError` for a number that can't be used."""
+        for name, low, high in (("concurrency", 1, 1 << 20), ("max_queued", 0, 1 << 24)):
+            if not low <= getattr(self, name) <= high:
+                raise LocalProtocolError(f"{name}={getattr(self, name)} of endpoint {self.name} is not from {low} up")
+        if not 0 < self.default_ttl_s <= MAX_TTL_S:
+            raise LocalProtocolError(
+                f"a time of {self.default_ttl_s} s for endpoint {self.name} is not above 0 and up to {MAX_TTL_S:g}"
+            )
 
 
 @dataclass(slots=True)
@@ -171,7 +182,12 @@ class Endpoint:
         for work in list(self._running):
             work.stop()
         tasks = [work.task for work in self._running if work.task]
-        await asyncio.gather(*tasks, return_exceptions=True)
+        if tasks:
+            await asyncio.wait(tasks, timeout=STOP_GRACE_S)
+        for work in list(self._running):  # of handlers that won't be stopped
+            _LOG.warning("%s: a handler goes on though it was cancelled", self.config.subject.template)
+            stopped = Cancelled("the worker stopped while it worked on this")
+            self._refused(work, stopped, None, stopped)
         while self._waiting:
             work = self._waiting.popleft()
             work.let_go()
@@ -226,6 +242,9 @@ class Endpoint:
         return int(mean_ns / 1e6 * (1 + len(self._waiting) / (2 * self.config.concurrency)))
 
     def _refuse(self, work: Work, refusal: BusError) -> None:
+        if isinstance(refusal, Declined):
+            work.fault(refusal)  # it was counted when it was refused
+            return
         self.stats.num_refused += 1
         self._refused(work, refusal, None, refusal)
 
@@ -236,7 +255,22 @@ class Endpoint:
             self._by_request_id[work.request_id] = work
             if self._probing is None:
                 self._probing = self._loop.call_later(PROBE_AFTER_S, self._probe, context=Context())
-        work.task = self._loop.create_task(self._run(work), context=self._context.copy())
+        run = self._run_all(work) if self.config.one_way else self._run(work)
+        work.task = self._loop.create_task(run, context=self._context.copy())
+
+    async def _run_all(self, work: Work) -> None:
+        """One event, and those that came meanwhile: a task for each would cost more than most handlers do."""
+        task = work.task
+        while True:
+            work.begin_its_time(self.default_ttl_s)
+            await self._run(work)
+            if self._stopping or not self._waiting:
+                return
+            while task is not None and task.cancelling():
+                task.uncancel()  # that was for the event before
+            work = self._waiting.popleft()
+            self._running.add(work)
+            work.task = task
 
     async def _run(self, work: Work) -> None:
         began_ns = time.perf_counter_ns()
@@ -275,10 +309,11 @@ class Endpoint:
         work.let_go()
         self._running.discard(work)
         self._by_request_id.pop(work.request_id, None)
-        while self._waiting and len(self._running) < self.config.concurrency and not self._stopping:
-            self._start(self._waiting.popleft())
+        if not self.config.one_way:
+            while self._waiting and len(self._running) < self.config.concurrency and not self._stopping:
+                self._start(self._waiting.popleft())
         self.stats.num_active = len(self._running)
-        if self._idle is not None and not self._running:
+        if self._idle is not None and not self._running and not self._waiting:
             _settle(self._idle)
 
     def _refused(self, work: Work, error: Exception | None, process: Span | None, cause: BaseException) -> None:
@@ -328,6 +363,8 @@ class Endpoint:
                 await work.stream(self._handler(context.message))
             else:
                 work.reply(await self._handler(context.message))
+        if not (work.is_answered or self.config.one_way):
+            raise RuntimeError("a middleware swallowed what the handler raised: raise what the caller is to be told")
 
     def _process_span(self, work: Work) -> Any:
         subject, message = self.config.subject, work.message

@@ -25,6 +25,8 @@ from schemas.subjects import INBOX, Subject
 
 MAX_UNREAD_REPLIES = 65_536
 """Replies that wait unread before the waiter is failed: tokens of a stream whose consumer stopped reading."""
+MAX_UNREAD_BYTES = 64 << 20
+"""The same in bytes: a sender that keeps to the window stays far below."""
 PROBE_HEADER = "Nixlbus-Probe"
 PROBE = f"NATS/1.0\r\n{PROBE_HEADER}: 1\r\n\r\n".encode()
 LOOK_INTERVAL_S = 1.0
@@ -81,6 +83,7 @@ class StreamWaiter:
         self.subject = subject
         self._expiries = expiries
         self._replies: deque[Msg | BusError] = deque()
+        self._num_unread_bytes = 0
         self._arrived: asyncio.Future[None] | None = None
 
     async def next(self, deadline: Deadline) -> Msg:
@@ -96,6 +99,7 @@ class StreamWaiter:
         reply = self._replies.popleft()
         if isinstance(reply, BusError):
             raise reply
+        self._num_unread_bytes -= len(reply.data)
         return reply
 
     def take(self, message: Msg) -> None:
@@ -114,8 +118,11 @@ class StreamWaiter:
         self._put(DeadlineExceeded("no reply within the deadline", subject=self.subject))
 
     def _put(self, item: Msg | BusError) -> None:
-        if len(self._replies) >= MAX_UNREAD_REPLIES:
+        if isinstance(item, Msg):
+            self._num_unread_bytes += len(item.data)
+        if len(self._replies) >= MAX_UNREAD_REPLIES or self._num_unread_bytes > MAX_UNREAD_BYTES:
             self._replies.clear()
+            self._num_unread_bytes = 0
             item = RemoteProtocolError("replies came faster than they were read", subject=self.subject)
         self._replies.append(item)
         if self._arrived is not None and not self._arrived.done():

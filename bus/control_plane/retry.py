@@ -13,8 +13,9 @@ from bus.errors import BusError, ConnectionLost, NoResponders, PeerLost, RemoteF
 from schemas.fault import FaultCode
 
 NOT_TAKEN = frozenset({FaultCode.OVERLOADED, FaultCode.DRAINING, FaultCode.POOL_EXHAUSTED})
-"""Refusals after which nothing was done, where the worker that was asked speaks for itself: a fault that comes from
-further down tells that the hops before it have begun."""
+"""Refusals after which nothing was done, where the worker that was asked speaks for itself and its handler had not
+begun: a fault that comes from further down tells that the hops before it have. A handler that refuses before it does
+anything raises `RequestRefused` with one of these, or `Overloaded`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +41,7 @@ class RetryPolicy:
 
     def _may_repeat(self, error: BusError) -> bool:
         if isinstance(error, RemoteFault):
-            was_taken = bool(error.fault.hops) or error.fault.code not in NOT_TAKEN
+            was_taken = error.fault.begun or bool(error.fault.hops) or error.fault.code not in NOT_TAKEN
             return error.fault.retryable and (self.idempotent or not was_taken)
         return isinstance(error, NoResponders) or (self.idempotent and isinstance(error, (ConnectionLost, PeerLost)))
 

@@ -19,7 +19,7 @@ from bus.control_plane.connection import Connection, Msg
 from bus.control_plane.inbox import Inbox
 from bus.control_plane.request_context import RequestContext
 from bus.deadline import Deadline
-from bus.errors import fault_of
+from bus.errors import Overloaded, RequestRefused, fault_of
 from observability.propagation import TRACEPARENT
 from schemas.codec import Encoding, encode
 from schemas.message import Message
@@ -32,7 +32,7 @@ from schemas.protocol import (
     TTL_HEADER,
     WINDOW_HEADER,
 )
-from schemas.stream import UNNUMBERED, Frame, LastFrame, StreamEnd
+from schemas.stream import Frame, LastFrame, StreamEnd
 
 MAX_TTL_S = 3600.0
 MAX_WINDOW_FRAMES = 65_536
@@ -106,6 +106,8 @@ class Work:
         self._num_frames = 0
         self._ends_itself = False
         self.deadline = Deadline(self.received_at_s + self._read_headers(message, host.default_ttl_s))
+        if host.one_way:
+            self.request_id = ""  # nobody waits for an event: its sender is neither looked for nor heard
 
     def _read_headers(self, message: Msg, ttl_s: float) -> float:
         """Take what is there; returns the time to live."""
@@ -139,6 +141,10 @@ class Work:
                 host.name, message.subject, message.headers, self.deadline, host.worker_id, self.request
             )
         return self._context
+
+    def begin_its_time(self, duration_s: float) -> None:
+        """Count its time from now: an event is not late because others were before it."""
+        self.deadline = Deadline(time.monotonic() + duration_s)
 
     def stop(self) -> None:
         """End it, now or as soon as it begins."""
@@ -192,8 +198,9 @@ class Work:
             return  # a middleware failed after the reply; or nobody waits for one
         self.is_answered = True
         fault = fault_of(error, worker_id=self._host.worker_id, trace_id=trace_id)
-        if self._num_frames:
-            fault = msgspec.structs.replace(fault, seq=self._num_frames)
+        has_begun = self.request is not None and not isinstance(error, (RequestRefused, Overloaded))
+        if has_begun or self._num_frames:
+            fault = msgspec.structs.replace(fault, seq=self._num_frames, begun=has_begun)
         headers = {
             SERVICE_ERROR_HEADER: _one_line(fault.message),
             SERVICE_ERROR_CODE_HEADER: str(fault.http_status),
@@ -210,7 +217,7 @@ class Work:
         number = self._num_frames
         if isinstance(message, Frame):
             self._ends_itself = isinstance(message, LastFrame)
-            if message.seq == UNNUMBERED:
+            if message.seq != number:  # unnumbered, or passed on from another stream
                 message = msgspec.structs.replace(message, seq=number)
         else:
             self._ends_itself = True  # frames that number themselves also end themselves

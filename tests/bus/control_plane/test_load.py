@@ -15,11 +15,13 @@ from bus import (
     EndpointConfig,
     Frame,
     NoResponders,
+    PoolExhausted,
     RemoteFault,
     RetryPolicy,
 )
+from bus.control_plane.call import MAX_PASSES
 from bus.control_plane.retry import THRICE
-from bus.errors import Draining, Overloaded, RequestRefused
+from bus.errors import Overloaded, RequestRefused
 from schemas.fault import Fault, FaultCode
 from schemas.message import Message
 from schemas.subjects import Subject
@@ -103,7 +105,7 @@ async def test_a_caller_that_waits_as_it_is_told_is_served_in_the_end(bus: Bus, 
 
 @pytest.mark.parametrize(
     "refusal",
-    [Draining("on its way out"), Overloaded("too much", retry_after_ms=1)],
+    [RequestRefused(FaultCode.DRAINING, "on its way out"), Overloaded("too much", retry_after_ms=1)],
     ids=["draining", "overloaded"],
 )
 async def test_what_one_instance_refuses_another_serves(
@@ -122,7 +124,7 @@ async def test_what_one_instance_refuses_another_serves(
 async def test_a_stream_that_one_instance_refuses_another_serves(bus: Bus, second: Bus, caller: Bus) -> None:
     async def refuse(request: Ask) -> AsyncGenerator[Counted, None]:
         if request.number >= 0:
-            raise Draining("on its way out")
+            raise RequestRefused(FaultCode.DRAINING, "on its way out")
         yield Counted()
 
     async def stream(request: Ask) -> AsyncGenerator[Counted, None]:
@@ -300,3 +302,41 @@ async def test_everybody_answers_a_question_to_all_faults_among_them(bus: Bus, s
     with pytest.raises(NoResponders):
         _ = [r async for r in caller.request_many(subject("nobody"), Ask(), Told, timeout_s=LONG_S)]
     assert caller.stats()["requests_in_flight"] == 0
+
+
+async def test_what_a_handler_had_begun_is_not_repeated_unless_it_refused(bus: Bus, caller: Bus) -> None:
+    runs: Counter[str] = Counter()
+
+    async def begin(request: Ask) -> Told:
+        runs["begin"] += 1
+        raise PoolExhausted("no memory for the receipt")
+
+    async def refuse(request: Ask) -> Told:
+        runs["refuse"] += 1
+        raise RequestRefused(FaultCode.POOL_EXHAUSTED, "no memory, and nothing done")
+
+    for name, handler in (("begin", begin), ("refuse", refuse)):
+        await serve(bus, name, handler)
+        with pytest.raises(RemoteFault) as caught:
+            await caller.request(subject(name), Ask(), Told, timeout_s=LONG_S, retry=THRICE)
+        assert caught.value.fault.code == "pool_exhausted"
+        assert caught.value.fault.begun is (name == "begin")
+    assert runs == {"begin": 1, "refuse": 3}
+
+
+async def test_the_only_worker_is_not_asked_much_more_often_than_the_policy_says(bus: Bus, caller: Bus) -> None:
+    release = asyncio.Event()
+
+    async def hold(request: Ask) -> Told:
+        await release.wait()
+        return Told()
+
+    await serve(bus, "only", hold, concurrency=1, max_queued=0)
+    holding = asyncio.create_task(caller.request(subject("only"), Ask(), Told, timeout_s=LONG_S))
+    await asyncio.sleep(0.1)
+    before = bus.stats()["nats_in_msgs"]
+    with pytest.raises(RemoteFault, match="wait for"):
+        await caller.request(subject("only"), Ask(), Told, timeout_s=LONG_S, retry=THRICE)
+    assert bus.stats()["nats_in_msgs"] - before <= 3 + MAX_PASSES
+    release.set()
+    await holding

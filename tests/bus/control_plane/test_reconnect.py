@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from bus import Bus, BusConfig, BusError, ConnectionLost, EndpointConfig, Frame
+from bus import Bus, BusConfig, BusError, ConnectionLost, EndpointConfig, Frame, RetryPolicy
 from bus.control_plane.connection import Connection
 from schemas.message import Message
 from schemas.subjects import Subject
@@ -352,3 +352,28 @@ async def test_a_connection_that_nats_py_closed_for_good_is_made_anew(tmp_path: 
             await caller._connection._client.close()
             await answered(caller, "echo")
             assert caller.stats()["nats_rebuilt"] == bus.stats()["nats_rebuilt"] == 1
+
+
+async def test_an_idempotent_call_waits_for_the_server_to_come_back(tmp_path: Path) -> None:
+    with nats_process(tmp_path) as nats:
+        async with a_bus("serving", nats.url) as serving, a_bus("calling", nats.url) as calling:
+            num_begun = 0
+
+            async def answer(request: Ask) -> Told:
+                nonlocal num_begun
+                num_begun += 1
+                if num_begun == 1:
+                    await asyncio.sleep(LONG_S)
+                return Told(number=request.number)
+
+            await serve(serving, "again", answer)
+            again = RetryPolicy(idempotent=True)
+            asking = asyncio.create_task(
+                calling.request(subject("again"), Ask(number=7), Told, timeout_s=LONG_S, retry=again)
+            )
+            await until(lambda: num_begun == 1)
+            nats.kill()
+            await asyncio.sleep(0.6)
+            nats.start()
+            await until(lambda: serving.is_ready, BACK_S)
+            assert (await asyncio.wait_for(asking, BACK_S)).number == 7

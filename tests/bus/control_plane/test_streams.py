@@ -283,3 +283,54 @@ async def test_a_middleware_that_takes_its_time_leaves_nothing_of_a_stream(bus: 
     stream = caller.stream(subject("slow-middleware"), Ask(number=3), Counted, timeout_s=LONG_S)
     assert len([frame async for frame in stream]) == 3
     await until(lambda: not bus._inbox._waiters)
+
+
+async def test_frames_that_overtake_others_are_put_in_order(caller: Bus, raw: Client) -> None:
+    async def answer(message: Msg) -> None:
+        for seq in (0, 3, 1, 2, 5, 4):
+            await raw.publish(message.reply, msgpack.packb({"type": "streams.counted", "seq": seq, "number": seq}))
+        await raw.publish(message.reply, msgpack.packb({"type": "stream.end", "seq": 6}))
+
+    await raw.subscribe("streams.overtaken", cb=answer)
+    await raw.flush()
+    frames = caller.stream(subject("overtaken"), Ask(), Counted, timeout_s=LONG_S)
+    assert [frame.number async for frame in frames] == [0, 1, 2, 3, 4, 5]
+
+
+async def test_a_stream_that_passes_on_another_is_numbered_anew(bus: Bus, caller: Bus) -> None:
+    async def odd(request: Ask) -> AsyncGenerator[Counted, None]:
+        async with aclosing(bus.stream(subject("source"), request, Counted, timeout_s=LONG_S)) as frames:
+            async for frame in frames:
+                if frame.number % 2:
+                    yield frame
+
+    await serve(bus, "source", Producer().handler())
+    await serve(bus, "odd", odd)
+    frames = [frame async for frame in caller.stream(subject("odd"), Ask(number=9), Counted, timeout_s=LONG_S)]
+    assert [(frame.seq, frame.number) for frame in frames] == [(0, 1), (1, 3), (2, 5), (3, 7)]
+
+
+async def test_frames_without_numbers_are_a_protocol_error(bus: Bus, caller: Bus) -> None:
+    async def plain(request: Ask) -> AsyncGenerator[Ask, None]:
+        yield Ask()
+
+    await serve(bus, "plain", plain)
+    with pytest.raises(RemoteProtocolError, match="without a number"):
+        _ = [frame async for frame in caller.stream(subject("plain"), Ask(), Ask, timeout_s=LONG_S)]
+
+
+async def test_unread_frames_are_bounded_in_bytes(caller: Bus, raw: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inbox, "MAX_UNREAD_BYTES", 1 << 20)
+    frame = msgpack.packb({"type": "streams.counted", "seq": 0, "number": 1, "padding": b"x" * (300 << 10)})
+
+    async def flood(message: Msg) -> None:
+        for _ in range(8):
+            await raw.publish(message.reply, frame)
+
+    await raw.subscribe("streams.flood", cb=flood)
+    await raw.flush()
+    async with aclosing(caller.stream(subject("flood"), Ask(), Counted, timeout_s=LONG_S)) as frames:
+        assert (await anext(frames)).number == 1
+        await asyncio.sleep(0.5)
+        with pytest.raises(RemoteProtocolError, match="faster than they were read"):
+            await anext(frames)

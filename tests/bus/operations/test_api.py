@@ -269,8 +269,8 @@ async def test_the_status_says_where_an_operation_is(bus: Bus) -> None:
     assert status_of(writable) is OperationStatus.IN_PROGRESS
     writable.cancel()
     assert status_of(writable) is OperationStatus.CANCELLED
-    overdue = await bus.create_writable(bytearray(8), lease_s=0.05)
-    await asyncio.sleep(0.1)
+    overdue = await bus.create_writable(bytearray(8), lease_s=0.4)
+    await asyncio.sleep(0.6)
     assert status_of(overdue) is OperationStatus.ERRORED
 
 
