@@ -121,6 +121,8 @@ async def test_an_event_makes_nobody_publish(bus: Bus, raw: Client) -> None:
     for victim in ("endpoint.victim", "_INBOX.victim.1"):
         await raw.subscribe(victim, cb=record)
     await raw.flush()
+    await raw.flush()
+    await raw.flush()
     payload = b"\x81\xa4type\xacendpoint.ask"
     for victim in ("endpoint.victim", "_INBOX.victim.1"):
         headers = {"Nixlbus-Request-Id": f"id-of-{victim.split('.')[0]}", "Nixlbus-Protocol": "2"}
@@ -137,10 +139,11 @@ async def test_a_caller_outside_of_the_inboxes_is_answered_and_not_probed(bus: B
 
     await bus.serve(EndpointConfig("aside", subject("aside"), Ask), slow)
     replies = await raw.subscribe("endpoint.mine")
+    mine = await raw.subscribe("mine.endpoint")
+    await raw.flush()
     await raw.flush()
     headers = {"Nixlbus-Request-Id": "aside", "Nixlbus-Protocol": "2"}
     await raw.publish("endpoint.aside", b"\x81\xa4type\xacendpoint.ask", reply="mine.endpoint", headers=headers)
-    mine = await raw.subscribe("mine.endpoint")
     reply = await mine.next_msg(PROMPTLY_S)
     assert b"endpoint.told" in reply.data
     assert replies.pending_msgs == 0

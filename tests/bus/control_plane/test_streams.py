@@ -293,6 +293,7 @@ async def test_frames_that_overtake_others_are_put_in_order(caller: Bus, raw: Cl
 
     await raw.subscribe("streams.overtaken", cb=answer)
     await raw.flush()
+    await raw.flush()
     frames = caller.stream(subject("overtaken"), Ask(), Counted, timeout_s=LONG_S)
     assert [frame.number async for frame in frames] == [0, 1, 2, 3, 4, 5]
 
@@ -328,6 +329,7 @@ async def test_unread_frames_are_bounded_in_bytes(caller: Bus, raw: Client, monk
             await raw.publish(message.reply, frame)
 
     await raw.subscribe("streams.flood", cb=flood)
+    await raw.flush()
     await raw.flush()
     async with aclosing(caller.stream(subject("flood"), Ask(), Counted, timeout_s=LONG_S)) as frames:
         assert (await anext(frames)).number == 1
