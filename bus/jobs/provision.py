@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from bus.control_plane.jetstream import JetStream
 from bus.jobs.queue import JobQueueConfig
-from bus.jobs.streams import ConsumerSettings, Streams, ensure_consumer, ensure_stream
+from bus.jobs.streams import ConsumerSettings, Streams, ensure_claims, ensure_consumer, ensure_stream
 from schemas.subjects import Subjects
 
 
@@ -16,11 +16,15 @@ async def provision(
     jetstream: JetStream, streams: Streams, subjects: Subjects, queues: Sequence[JobQueueConfig], *, media: bool
 ) -> list[str]:
     """Make what is missing; returns the names of all. Raises `DurableWorkUnavailable` and what a request raises."""
-    wanted = [streams.jobs, streams.dead_letters, streams.claims] if queues else []
+    wanted = [streams.jobs, streams.dead_letters] if queues else []
     if media:
         wanted.append(streams.media)
     for stream in wanted:
         await ensure_stream(jetstream, stream)
+    if queues:
+        claim_s = max((queue.claim_s for queue in queues if not queue.idempotent_handler), default=0.0)
+        await ensure_claims(jetstream, streams.claims, claim_s)
+        wanted.append(streams.claims)
     consumers = [
         ConsumerSettings(
             streams.jobs.name,

@@ -42,6 +42,15 @@ async def test_claims_are_kept_for_as_long_as_a_job_of_the_queue_can_take(
         assert consumer.num_active == 0
 
 
+async def test_claims_that_an_operator_makes_beforehand_last_for_the_longest_queue(tmp_path: Path) -> None:
+    queues = [queue(), queue(max_duration_s=7 * DAY_S), queue()]
+    async with stoppable_server(tmp_path) as server, opened(server.url, "operator") as bus:
+        await bus.provision(queues)
+        assert await max_age_s(bus) >= 7 * DAY_S
+        for config in queues:
+            await bus.work(config, noting([]))
+
+
 async def test_a_queue_whose_attempts_would_be_forgotten_is_refused(tmp_path: Path) -> None:
     forgetful = queue(backoff_s=(3.0,), max_duration_s=1.0, ack_wait_s=1.0)
     async with stoppable_server(tmp_path) as server, opened(server.url, "w") as bus:
