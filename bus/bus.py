@@ -391,6 +391,15 @@ class Bus:
         """
         return await self._durable.submit(queue, message, job_id=job_id, ttl_s=ttl_s, timeout_s=timeout_s)
 
+    async def provision(self, queues: Sequence[JobQueueConfig] = (), *, media: bool = False) -> list[str]:
+        """Make the streams and consumers of `queues` and of large messages where they are missing; return the names.
+
+        For an operator, so that workers need no right to make any (docs/security.md); without it they are made when
+        they are first missed. What is there stays as it is. Raises `DurableWorkUnavailable`, `PermissionDenied`,
+        `ConnectionLost`, `DeadlineExceeded`.
+        """
+        return await self._durable.provision(queues, media=media)
+
     @property
     def dead_letters(self) -> DeadLetters:
         """Jobs that were given up: list, show, replay, drop."""

@@ -8,7 +8,6 @@ context travels in the headers. A caller that goes away (is cancelled, closes a 
 
 import asyncio
 import logging
-import secrets
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import suppress
@@ -19,6 +18,7 @@ from typing import Any, TypeVar
 from bus.control_plane.connection import Connection, Msg
 from bus.control_plane.expiry import Expiries
 from bus.control_plane.inbox import Inbox, StreamWaiter
+from bus.control_plane.random_ids import RandomIds
 from bus.control_plane.retry import ONCE, RetryPolicy
 from bus.deadline import Deadline
 from bus.errors import BusError, ConnectionLost, DeadlineExceeded, NoResponders, RemoteFault, RemoteProtocolError
@@ -68,7 +68,7 @@ class Caller:
         self._connection = connection
         self._inbox = inbox
         self._subjects = subjects
-        self._new_request_id = RequestIds().new
+        self._new_request_id = RandomIds().new
 
     async def request(
         self,
@@ -225,24 +225,6 @@ class Caller:
         except asyncio.CancelledError:
             cancel(self._connection, self._subjects, request_id)
             raise
-
-
-class RequestIds:
-    """Random ids. The system is asked for randomness once in a while: asking costs more than the rest of an id."""
-
-    __slots__ = ("_offset", "_random")
-
-    def __init__(self) -> None:
-        self._random = ""
-        self._offset = 0
-
-    def new(self) -> str:
-        """16 hex digits."""
-        start = self._offset
-        if start == len(self._random):
-            self._random, start = secrets.token_hex(2048), 0
-        self._offset = start + 16
-        return self._random[start : start + 16]
 
 
 class _Attempts:

@@ -19,6 +19,7 @@ from typing import Protocol
 
 from bus.control_plane.connection import Connection, Msg
 from bus.control_plane.expiry import Expiries
+from bus.control_plane.random_ids import RandomIds
 from bus.deadline import Deadline
 from bus.errors import BusError, ConnectionLost, DeadlineExceeded, NoResponders, PeerLost, RemoteProtocolError
 from schemas.subjects import INBOX, Subject
@@ -148,7 +149,7 @@ class Inbox:
         self._waiters: dict[str, Waiter] = {}
         self._workers: dict[str, _Worker] = {}
         self._looking: asyncio.TimerHandle | None = None
-        self._serial = 0
+        self._new_id = RandomIds().new
         connection.on_loss(self._on_loss)
 
     async def open(self) -> None:
@@ -195,8 +196,7 @@ class Inbox:
     def _new_token(self, subject: Subject | str) -> str:
         if not self._connection.is_connected:
             raise ConnectionLost("not connected to NATS right now", subject=str(subject))
-        self._serial += 1
-        return f"{self._serial:x}"
+        return self._new_id()  # everybody may publish to an inbox: only who was told the name can answer
 
     def _on_reply(self, message: Msg) -> None:
         token = message.subject.rpartition(".")[2]

@@ -3,8 +3,11 @@
 In: `RoleAccess` of every role of a graph, its own or `load_roles` from TOML. Out: `Permissions`, lists of subjects as
 nats-server's configuration has them. Invariants: a role subscribes to the stages that it serves inside their queue
 groups only, to its own direct subjects, acks and inbox, and to events; it publishes to what it calls, to what an
-operation needs of those whose memory it reads or writes, to its own events and to cancellations. Everything else is
-denied, and answers go out by the server's `allow_responses`. Pure but for `load_roles`.
+operation needs of those whose memory it reads or writes, to its own events and to cancellations, and to every inbox:
+answers go there, and only who was told an inbox's random name can use it. Everything else is denied. There is no
+`allow_responses`: it lets whoever publishes a message that it hears itself, with a reply subject of its choice, publish
+to that subject. Whoever may ask JetStream can still make the server answer on a subject of its choice
+(docs/security.md). Pure but for `load_roles`.
 """
 
 import tomllib
@@ -18,7 +21,7 @@ from msgspec import Meta
 from schemas.performance import GRANT_ENDPOINT
 from schemas.subjects import DEFAULT_PREFIX, INBOX, Subjects, identifier
 
-OPERATOR, OBSERVER = "operator", "observer"
+OPERATOR, OBSERVER, PROVISIONER = "operator", "observer", "provisioner"
 SYSTEM_USER = "sys"
 """The user of nats-server's system account."""
 RESERVED = (SYSTEM_USER, "server")
@@ -63,6 +66,9 @@ class RoleAccess(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Whether it asks service discovery and hears events, though it only asks; every worker may."""
     dead_letters: bool = False
     """Whether it reads, replays and drops dead letters."""
+    provisions: bool = False
+    """Whether it makes the streams and consumers of the graph's queues where they are missing. It can so have any
+    subject stored, and delivered anywhere."""
     media: bool = False
     """Whether it puts large messages into the object store, and gets them."""
     publish: list[_Raw] = []
@@ -104,9 +110,19 @@ class Roles(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         """Whether it takes part in operations, and so needs the bus's shared key."""
         return bool(self.targets_of(name) or self.initiators_of(name))
 
+    @property
+    def queues(self) -> list[str]:
+        """The durable queues of the graph."""
+        return sorted({queue for role in self.roles.values() for queue in (*role.works, *role.submits)})
+
+    @property
+    def keeps_media(self) -> bool:
+        """Whether a role uses the object store."""
+        return any(role.media for role in self.roles.values())
+
 
 class Permissions(msgspec.Struct, frozen=True, kw_only=True):
-    """What a user of nats-server may do, beside answering what it was asked."""
+    """What a user of nats-server may do."""
 
     publish: list[str]
     subscribe: list[str]
@@ -124,11 +140,13 @@ def load_roles(path: Path) -> Roles:
 
 
 def with_people(roles: Roles) -> Roles:
-    """The same with `operator` and `observer`, where they are not described."""
+    """The same with `operator` and `observer`, and `provisioner` for what is durable, where they are not described."""
     people = {
         OPERATOR: RoleAccess(only_asks=True, lists=True, dead_letters=True, calls_workers=["traces.trace", "*.perf"]),
         OBSERVER: RoleAccess(only_asks=True, lists=True),
     }
+    if roles.queues or roles.keeps_media:
+        people[PROVISIONER] = RoleAccess(only_asks=True, provisions=True)
     missing = {name: role for name, role in people.items() if name not in roles.roles}
     return msgspec.structs.replace(roles, roles={**roles.roles, **missing})
 
@@ -142,7 +160,14 @@ def permissions(roles: Roles, name: str, *, instance: str = "", prefix: str = DE
     if instance:
         identifier("instance", instance)
     rights = _Rights(roles, name, f"{name}.{instance}" if instance else name, Subjects(prefix).root)
-    publish = [*rights.requests(role), *rights.operations(), *rights.jobs(role), *role.publish]
+    publish = [
+        f"{INBOX}.>",
+        *rights.requests(role),
+        *rights.operations(),
+        *rights.jobs(role),
+        *rights.provisions(role),
+        *role.publish,
+    ]
     subscribe = [f"{INBOX}.{rights.owner}.>", *rights.service(role), *role.subscribe]
     return Permissions(publish=_unique(publish), subscribe=_unique(subscribe))
 
@@ -156,6 +181,7 @@ class _Rights:
         self.owner = owner
         """The first tokens of this user's worker ids: a role, or one worker."""
         self.root = root
+        self.streams = _StreamNames(root.partition(".")[0])
         self.is_worker = not roles.roles[name].only_asks
 
     def service(self, role: RoleAccess) -> Iterator[str]:
@@ -199,49 +225,60 @@ class _Rights:
                 yield f"{self.root}.worker.{initiator}.*.{endpoint}"
 
     def jobs(self, role: RoleAccess) -> Iterator[str]:
-        """What durable queues need of JetStream: the streams and consumers of this prefix by name, no other."""
-        prefix = self.root.partition(".")[0].upper()
-        jobs, letters, claims = f"{prefix}_JOBS", f"{prefix}_DLQ", f"{prefix}_CLAIMS"
+        """What the use of durable queues needs of JetStream: the streams and consumers of this prefix by name."""
         graph = self.roles.graph
         for queue in role.submits:
             yield f"{self.root}.job.{graph}.{queue}"
-            yield from _stream(jobs)
+            yield f"$JS.API.STREAM.INFO.{self.streams.jobs}"
         for queue in role.works:
-            consumer = f"{jobs}.{graph}_{queue}"
-            for stream in (jobs, letters, f"KV_{claims}"):
-                yield from _stream(stream)
+            consumer = self._consumer(queue)
+            for stream in self.streams.of_queues:
+                yield f"$JS.API.STREAM.INFO.{stream}"
             yield f"$JS.API.CONSUMER.INFO.{consumer}"
-            yield f"$JS.API.CONSUMER.CREATE.{consumer}.{self.root}.job.{graph}.{queue}"
-            yield f"$JS.API.CONSUMER.DURABLE.CREATE.{consumer}"
             yield f"$JS.API.CONSUMER.MSG.NEXT.{consumer}"
             yield f"$JS.ACK.{consumer}.>"
             yield f"{self.root}.dlq.{graph}.{queue}"
-            yield f"$KV.{claims}.>"
-            yield f"$JS.API.DIRECT.GET.{jobs}"
-            yield f"$JS.API.DIRECT.GET.KV_{claims}"
+            yield f"$KV.{self.streams.claims_bucket}.>"
+            yield f"$JS.API.DIRECT.GET.{self.streams.jobs}"
+            yield f"$JS.API.DIRECT.GET.{self.streams.claims}"
         if role.dead_letters:
             yield "$JS.API.INFO"
-            for verb in ("STREAM.INFO", "STREAM.MSG.GET", "STREAM.MSG.DELETE", "DIRECT.GET"):
-                yield f"$JS.API.{verb}.{letters}"
+            for verb in ("STREAM.MSG.DELETE", "DIRECT.GET"):
+                yield f"$JS.API.{verb}.{self.streams.letters}"
             yield f"{self.root}.job.>"
         if role.media:
-            yield from self._media(f"{prefix}_MEDIA")
+            for verb in ("STREAM.INFO", "STREAM.PURGE", "DIRECT.GET"):
+                yield f"$JS.API.{verb}.{self.streams.media}"
+            yield f"$O.{self.streams.media_bucket}.>"
 
-    def _media(self, bucket: str) -> Iterator[str]:
-        """An object store, as ADR-20 has it."""
-        stream = f"OBJ_{bucket}"
-        yield from _stream(stream)
-        yield f"$O.{bucket}.>"
-        for verb in ("STREAM.MSG.GET", "STREAM.PURGE", "DIRECT.GET"):
-            yield f"$JS.API.{verb}.{stream}"
-        for verb in ("DIRECT.GET", "CONSUMER.CREATE", "CONSUMER.DELETE", "CONSUMER.MSG.NEXT"):
-            yield f"$JS.API.{verb}.{stream}.>"
-        yield f"$JS.FC.{stream}.>"
+    def provisions(self, role: RoleAccess) -> Iterator[str]:
+        """What making the graph's streams and consumers needs, and never to change one that is there."""
+        if not role.provisions:
+            return
+        queues = self.roles.queues
+        for stream in [*(self.streams.of_queues if queues else ()), *([self.streams.media] * self.roles.keeps_media)]:
+            yield f"$JS.API.STREAM.INFO.{stream}"
+            yield f"$JS.API.STREAM.CREATE.{stream}"
+        for queue in queues:
+            yield f"$JS.API.CONSUMER.INFO.{self._consumer(queue)}"
+            yield f"$JS.API.CONSUMER.DURABLE.CREATE.{self._consumer(queue)}"
+
+    def _consumer(self, queue: str) -> str:
+        return f"{self.streams.jobs}.{self.roles.graph}_{queue}"
 
 
-def _stream(name: str) -> tuple[str, str]:
-    """To look for a stream, and to make it where it is missing: never to change one that is there."""
-    return f"$JS.API.STREAM.INFO.{name}", f"$JS.API.STREAM.CREATE.{name}"
+class _StreamNames:
+    """The streams of one prefix; a test holds them against those that `bus.jobs.streams` makes."""
+
+    def __init__(self, prefix: str) -> None:
+        upper = prefix.upper()
+        self.jobs = f"{upper}_JOBS"
+        self.letters = f"{upper}_DLQ"
+        self.claims_bucket = f"{upper}_CLAIMS"
+        self.claims = f"KV_{self.claims_bucket}"
+        self.of_queues = (self.jobs, self.letters, self.claims)
+        self.media_bucket = f"{upper}_MEDIA"
+        self.media = f"OBJ_{self.media_bucket}"
 
 
 def _unique(subjects: Iterable[str]) -> list[str]:

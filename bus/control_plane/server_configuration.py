@@ -15,8 +15,6 @@ from bus.control_plane.permissions import Permissions
 
 MAX_PAYLOAD_BYTES = 8 << 20
 """Our configurations' max_payload: NATS's own advice for the upper end, and room for images in requests."""
-LONGEST_REQUEST_S = 3600
-"""The bus's own limit (`MAX_TTL_S`)."""
 ACCOUNT = "NIXLBUS"
 
 
@@ -33,12 +31,12 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
 
     host: str = "127.0.0.1"
     port: int = 4222
+    monitoring_host: str = "127.0.0.1"
+    """Of its own, because monitoring asks nobody who he is: not of `host`, which others are to reach."""
     monitoring_port: int = 8222
     store_dir: str = ""
     """JetStream's folder; empty for none."""
     tls: TlsFiles | None = None
-    longest_request_s: int = LONGEST_REQUEST_S
-    """How long the server lets an answer's frames out; it remembers each request so long, in 170 bytes."""
 
 
 class User(msgspec.Struct, frozen=True, kw_only=True):
@@ -61,7 +59,7 @@ def guarded_configuration(settings: ServerSettings, users: Sequence[User], syste
 
     `system_key`: public nkey of the system account's user.
     """
-    entries = "\n".join(_user(user, settings.longest_request_s) for user in users)
+    entries = "\n".join(_user(user) for user in users)
     jetstream = "    jetstream: enabled\n" if settings.store_dir else ""
     return (
         "# Written by nixlbus nats-conf, which keeps the keys and writes this file anew. No secret is in it.\n"
@@ -77,7 +75,7 @@ def guarded_configuration(settings: ServerSettings, users: Sequence[User], syste
 def _server(settings: ServerSettings) -> str:
     lines = [
         f'listen: "{settings.host}:{settings.port}"',
-        f'http: "{settings.host}:{settings.monitoring_port}"',
+        f'http: "{settings.monitoring_host}:{settings.monitoring_port}"',
         f"max_payload: {MAX_PAYLOAD_BYTES}",
         'write_deadline: "10s"',
     ]
@@ -91,13 +89,12 @@ def _server(settings: ServerSettings) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _user(user: User, longest_request_s: int) -> str:
+def _user(user: User) -> str:
     return (
         f"      # {user.name}\n"
         f"      {{ nkey: {user.public_key}, permissions: {{\n"
         f"          publish: {{ allow: {_subjects(user.permissions.publish)} }}\n"
-        f"          subscribe: {{ allow: {_subjects(user.permissions.subscribe)} }}\n"
-        f'          allow_responses: {{ max: -1, expires: "{longest_request_s}s" }} }} }}'
+        f"          subscribe: {{ allow: {_subjects(user.permissions.subscribe)} }} }} }}"
     )
 
 

@@ -7,6 +7,7 @@ before one of them is used, so a bus on a server without it works as ever.
 import asyncio
 import secrets
 import time
+from collections.abc import Sequence
 
 from bus.config import BusConfig
 from bus.control_plane.connection import Connection
@@ -18,6 +19,7 @@ from bus.jobs.claims import Claims
 from bus.jobs.consumer import JobConsumer
 from bus.jobs.dead_letters import HEADROOM_BYTES, DeadLetters
 from bus.jobs.media import MediaStore
+from bus.jobs.provision import provision
 from bus.jobs.queue import JobQueueConfig, JobReceipt, checked_job_id, message_id
 from bus.jobs.settlement import JobHandler, Workplace
 from bus.jobs.spans import submit_span
@@ -63,6 +65,10 @@ class DurableWork:
         await consumer.open(self._config.connect_timeout_s)
         self._consumers.append(consumer)
         return consumer
+
+    async def provision(self, queues: Sequence[JobQueueConfig], *, media: bool) -> list[str]:
+        """Make what is missing for `queues` and large messages; see `Bus.provision`."""
+        return await provision(self._jetstream, self._streams, self._subjects, queues, media=media)
 
     async def submit(
         self,

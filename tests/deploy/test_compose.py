@@ -79,7 +79,7 @@ def test_every_port_is_published_on_loopback_alone(name: str) -> None:
 
 def test_the_ports_are_those_of_nats_the_frontend_and_jaeger() -> None:
     published = {port.split(":")[1] for definition in services().values() for port in definition.get("ports", [])}
-    assert published == {"4222", "8222", "8000", "16686"}
+    assert published == {"4222", "8000", "16686"}
 
 
 @pytest.mark.parametrize("name", COMPOSE_FILES)

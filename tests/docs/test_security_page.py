@@ -16,13 +16,13 @@ PAGE = (Path(__file__).parents[2] / "docs" / "security.md").read_text()
 
 
 def shown(subjects: list[str], user: str) -> str:
-    """Subjects as the page has them: the prefix left out, discovery in one word, the inbox told above the table."""
+    """Subjects as the page has them: the prefix left out, discovery in one word, inboxes told above the table."""
     short = []
     for subject in subjects:
         name, _, queue_group = subject.removeprefix("nixlbus.v1.").partition(" ")
         if name in DISCOVERY:
             name = "$SRV"
-        if name != f"_INBOX.{user}.>":
+        if name not in (f"_INBOX.{user}.>", "_INBOX.>"):
             short.append(f"`{name}` [{queue_group}]" if queue_group else f"`{name}`")
     return ", ".join(dict.fromkeys(short))
 
@@ -43,7 +43,11 @@ def test_the_roles_file_of_the_page_is_one(tmp_path: Path) -> None:
     path = tmp_path / "roles.toml"
     path.write_text(text)
     roles = load_roles(path)
-    assert set(roles.roles) == {"api", "resize", "store", "reports", "website", "operator", "observer"}
+    assert set(roles.roles) == {"api", "resize", "store", "reports", "website", "operator", "observer", "provisioner"}
+    assert "$JS.API.STREAM.CREATE.NIXLBUS_JOBS" in permissions(roles, "provisioner").publish
+    assert not any(
+        ".CREATE." in s for name in set(roles.roles) - {"provisioner"} for s in permissions(roles, name).publish
+    )
     assert "nixlbus.v1.graph.vlm.generate" in permissions(roles, "api").publish
     assert permissions(roles, "website").subscribe == ["_INBOX.website.>"]
     assert "nixlbus.v1.worker.store.*.reserve" in permissions(roles, "resize").publish

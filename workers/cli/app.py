@@ -215,11 +215,11 @@ def nats_conf(
     ] = None,
     host: Annotated[str, typer.Option("--host", help="Address that the server listens on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", help="Port that the server listens on.")] = 4222,
+    monitoring_host: Annotated[
+        str, typer.Option("--monitoring-host", help="Address of its monitoring, which asks nobody who he is.")
+    ] = "127.0.0.1",
     monitoring_port: Annotated[int, typer.Option("--monitoring-port", help="Port of its monitoring.")] = 8222,
     store_dir: Annotated[str, typer.Option("--store-dir", help="JetStream's folder on the server.")] = "/data",
-    longest_request_s: Annotated[
-        int, typer.Option("--longest-request", min=1, max=86_400, help="Seconds until which an answer may be sent.")
-    ] = 3600,
     tls_cert: Annotated[str | None, typer.Option("--tls-cert", help="The server's certificate, a path there.")] = None,
     tls_key: Annotated[str | None, typer.Option("--tls-key", help="Its private key, a path on the server.")] = None,
     tls_ca: Annotated[
@@ -234,12 +234,24 @@ def nats_conf(
     server = ServerSettings(
         host=host,
         port=port,
+        monitoring_host=monitoring_host,
         monitoring_port=monitoring_port,
         store_dir=store_dir,
-        longest_request_s=longest_request_s,
     )
     tls = (tls_cert, tls_key, tls_ca)
     _run(command.run(out, roles, keys_per_instance or [], server, tls, as_json), as_json)
+
+
+@app.command()
+def streams(
+    roles: Annotated[Path, typer.Option("--roles", help="TOML file of roles, as for nats-conf.")],
+    nats: NatsUrl = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make the streams and consumers of durable queues, so that workers need no right to."""
+    from workers.cli import streams as command
+
+    _run(command.run(roles, nats, as_json), as_json)
 
 
 dlq_app = typer.Typer(help="Dead letters: jobs that were given up.", no_args_is_help=True, rich_markup_mode=None)

@@ -15,7 +15,7 @@ from bus import BusConfig, bus_channels
 from schemas.asyncapi import Channel, document
 from schemas.subjects import Subjects
 from workers.channels import class_channels, live_channels
-from workers.cli.client import open_client
+from workers.cli.client import OPERATOR, open_client
 from workers.cli.output import Output
 from workers.roles import role_class, role_names
 from workers.settings import Settings
@@ -28,7 +28,7 @@ async def run(targets: list[str] | None, live: bool, nats: str | None, graph: st
     config = BusConfig.from_env("asyncapi", nats_url=nats)
     subjects = Subjects(config.prefix)
     if live:
-        async with open_client("asyncapi", nats) as bus:
+        async with open_client(OPERATOR, nats) as bus:
             channels = list(live_channels(await bus.services(), subjects))
     elif targets:
         channels = [channel for target in targets for channel in _declared(target, subjects, graph or "")]

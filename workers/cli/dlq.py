@@ -13,7 +13,7 @@ import typer
 from rich.table import Table
 
 from bus import Bus, DeadLetter, DeadLetterNotFound
-from workers.cli.client import open_client
+from workers.cli.client import OPERATOR, open_client
 from workers.cli.output import Output
 
 MOST = 10_000
@@ -23,7 +23,7 @@ _SHOWN_BYTES = 2000
 async def list_letters(nats: str | None, queue: str, limit: int, as_json: bool) -> int:
     """Print the oldest dead letters; returns the exit status."""
     output = Output(as_json)
-    async with open_client("dlq", nats) as bus:
+    async with open_client(OPERATOR, nats) as bus:
         letters = await _letters(bus, queue, limit)
     output.result({"dead_letters": [_fields(letter) for letter in letters]})
     if letters:
@@ -36,7 +36,7 @@ async def list_letters(nats: str | None, queue: str, limit: int, as_json: bool) 
 async def show(nats: str | None, sequence: int, as_json: bool) -> int:
     """Print one dead letter with its headers and payload; returns the exit status."""
     output = Output(as_json)
-    async with open_client("dlq", nats) as bus:
+    async with open_client(OPERATOR, nats) as bus:
         letter = await bus.dead_letters.show(sequence)
     payload = base64.b64encode(letter.payload).decode()
     output.result({**_fields(letter), "headers": letter.headers, "payload": payload, "message": _message(letter)})
@@ -57,7 +57,7 @@ async def settle(
     output = Output(as_json)
     settled: list[int] = []
     missing: list[int] = []
-    async with open_client("dlq", nats) as bus:
+    async with open_client(OPERATOR, nats) as bus:
         settle_one: Callable[[int], Awaitable[Any]] = (
             bus.dead_letters.replay if verb == "replay" else bus.dead_letters.drop
         )

@@ -51,8 +51,9 @@ async def run(port: int | None, otlp_port: int | None, as_json: bool) -> int:
 
 
 def _port_of_clients() -> int:
-    url = os.environ.get("NIXLBUS_NATS_URL", "").partition(",")[0]
+    url = os.environ.get("NIXLBUS_NATS_URL", "").partition(",")[0].strip()
     try:
-        return urlsplit(url).port or DEFAULT_PORT
+        return urlsplit(url if "://" in url else f"nats://{url}").port or DEFAULT_PORT
     except ValueError:
-        raise ConfigError("NIXLBUS_NATS_URL", url, "a URL") from None
+        shown = "(not shown: it may hold a password)"
+        raise ConfigError("NIXLBUS_NATS_URL", shown, "a URL such as nats://127.0.0.1:4222") from None

@@ -38,3 +38,11 @@ def test_an_address_that_is_none_is_named() -> None:
     assert finished.returncode == 1
     assert "NIXLBUS_NATS_URL" in finished.stderr
     assert "Traceback" not in finished.stderr
+
+
+def test_a_password_in_an_address_that_is_none_is_not_shown() -> None:
+    for url in ("nats://someone:hunter2@127.0.0.1:port", "nats://someone:hunter2", "nats://[someone:hunter2@h"):
+        finished = run_cli("server", NIXLBUS_NATS_URL=url)
+        assert finished.returncode == 1
+        assert "NIXLBUS_NATS_URL" in finished.stderr
+        assert "hunter2" not in finished.stderr + finished.stdout
