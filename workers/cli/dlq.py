@@ -17,7 +17,6 @@ from workers.cli.client import OPERATOR, open_client
 from workers.cli.output import Output
 
 MOST = 10_000
-_SHOWN_BYTES = 2000
 
 
 async def list_letters(nats: str | None, queue: str, limit: int, as_json: bool) -> int:
@@ -27,7 +26,7 @@ async def list_letters(nats: str | None, queue: str, limit: int, as_json: bool) 
         letters = await _letters(bus, queue, limit)
     output.result({"dead_letters": [_fields(letter) for letter in letters]})
     if letters:
-        output.text(_table(letters))
+        output.table(_table(letters))
     else:
         output.text("no dead letters")
     return 0
@@ -41,10 +40,10 @@ async def show(nats: str | None, sequence: int, as_json: bool) -> int:
     payload = base64.b64encode(letter.payload).decode()
     output.result({**_fields(letter), "headers": letter.headers, "payload": payload, "message": _message(letter)})
     for name, value in _fields(letter).items():
-        output.text(_escaped(f"{name:<12} {value}"))
+        output.verbatim(_escaped(f"{name:<12} {value}"))
     for name, value in letter.headers.items():
-        output.text(_escaped(f"header       {name}: {value}"))
-    output.text(_escaped(f"payload      {len(letter.payload):,} bytes: {str(_message(letter))[:_SHOWN_BYTES]}"))
+        output.verbatim(_escaped(f"header       {name}: {value}"))
+    output.verbatim(f"payload      {len(letter.payload):,} bytes: {_message(letter) or letter.payload!r}")
     return 0
 
 
@@ -109,8 +108,8 @@ def _table(letters: list[DeadLetter]) -> Table:
             _escaped(letter.job_id),
             _escaped(f"{letter.code}: {letter.message}"[:200]),
             str(letter.deliveries),
-            letter.worker_id,
-            letter.dead_at[:19].replace("T", " "),
+            _escaped(letter.worker_id[:80]),
+            _escaped(letter.dead_at[:19].replace("T", " ")),
         )
     return table
 
@@ -134,4 +133,5 @@ def _plain(value: Any) -> Any:
 
 
 def _escaped(text: str) -> str:
-    return text.replace("[", "\\[")
+    """As it is written, without what would move the terminal's cursor."""
+    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
