@@ -42,9 +42,10 @@ class EmbeddedServer:
     async def ended(self) -> int:
         """Wait until it has ended by itself; returns its status, which a signal makes negative."""
         assert self._process is not None
-        while (status := self._process.poll()) is None:
+        while True:
+            if (status := self._process.poll()) is not None:
+                return status
             await asyncio.sleep(_LOOK_EVERY_S)
-        return status
 
 
 def server_binary() -> str:

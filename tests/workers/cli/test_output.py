@@ -3,6 +3,7 @@
 import asyncio
 import io
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -77,7 +78,9 @@ async def test_a_dead_letter_is_shown_to_the_character(nats: EmbeddedServer) -> 
         await bus.submit(queue, Note(text=TRICKY), job_id="noted")
         await bus.work(queue, refuse)
         async with asyncio.timeout(20):
-            while not (letters := await bus.dead_letters.list(graph="shown", queue="notes")):
+            while True:
+                if letters := await bus.dead_letters.list(graph="shown", queue="notes"):
+                    break
                 await asyncio.sleep(0.05)
         number = str(letters[0].sequence)
         shown = await asyncio.to_thread(run_cli, "dlq", "show", number, "--nats", nats.url, COLUMNS="40")
@@ -94,11 +97,15 @@ async def test_a_dead_letter_is_shown_to_the_character(nats: EmbeddedServer) -> 
 async def test_who_looks_after_a_graph_does_so_with_the_operator_s_key_alone(tmp_path: Path) -> None:
     async with guarded_server(tmp_path) as guarded, Bus.open(guarded.config("processor"), data_plane=False) as bus:
         await bus.announce("nixlbus-vlm-processor", "1.0.0", {"role": "processor"})
-        key = {"NIXLBUS_NATS_NKEY": guarded.files.users["operator"].nkey, "NIXLBUS_NATS_URL": guarded.url}
+        seed, url = guarded.files.users["operator"].nkey, guarded.url
+
+        def as_operator(*command: str) -> "subprocess.CompletedProcess[str]":
+            return run_cli(*command, NIXLBUS_NATS_NKEY=seed, NIXLBUS_NATS_URL=url)
+
         for command in (["ps"], ["asyncapi", "--live"], ["dlq", "ls"]):
-            finished = await asyncio.to_thread(run_cli, *command, **key)
+            finished = await asyncio.to_thread(as_operator, *command)
             assert finished.returncode == 0, (command, finished.stderr)
             if command == ["ps"]:
                 assert bus.worker_id in finished.stdout
-        looked = await asyncio.to_thread(run_cli, "trace", **key)
+        looked = await asyncio.to_thread(as_operator, "trace")
         assert "no trace store answers" in looked.stderr  # asked, and not denied
