@@ -12,8 +12,13 @@ JOB_ID_HEADER = "Nixlbus-Job-Id"
 """The caller's name for the job; `Nats-Msg-Id` says the same with the queue's name before it."""
 REPLAY_HEADER = "Nixlbus-Replay"
 """On a job that came back from the dead letters: which dead letter. It has a claim of its own."""
+UNIQUE_HEADER = "Nixlbus-Job-Unique"
+"""On a job whose id was made when it was submitted: no other message has it, so its first delivery needs no claim."""
 MSG_ID_HEADER = "Nats-Msg-Id"
 """NATS's: a second message with the same id within the stream's duplicate window is not stored."""
+
+DURABLE_SEPARATOR = "+"
+"""Between graph and queue in the name of a queue's consumer. No identifier has it, so no two queues share a name."""
 
 DEAD_CODE_HEADER = "Nixlbus-Dead-Code"
 DEAD_MESSAGE_HEADER = "Nixlbus-Dead-Message"
@@ -28,7 +33,14 @@ DEAD_SEQUENCE_HEADER = "Nixlbus-Dead-Sequence"
 DEAD_MSG_ID_HEADER = "Nixlbus-Dead-Msg-Id"
 DEAD_TRACE_HEADER = "Nixlbus-Dead-Trace"
 """Trace id of the last delivery."""
+DEAD_LEFT_OUT_HEADER = "Nixlbus-Dead-Left-Out"
+"""What of the job the dead letter lacks, because it could not be sent or had no room: `headers` or `payload`."""
 DEAD_PREFIX = "Nixlbus-Dead-"
+
+
+def durable_name(graph: str, queue: str) -> str:
+    """The name of the consumer of a queue."""
+    return f"{graph}{DURABLE_SEPARATOR}{queue}"
 
 
 class JobClaim(Message, frozen=True, kw_only=True, tag="job.claim"):

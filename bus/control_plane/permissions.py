@@ -18,6 +18,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
+from schemas.jobs import durable_name
 from schemas.performance import GRANT_ENDPOINT
 from schemas.subjects import DEFAULT_PREFIX, INBOX, Subjects, identifier
 
@@ -264,7 +265,7 @@ class _Rights:
             yield f"$JS.API.CONSUMER.DURABLE.CREATE.{self._consumer(queue)}"
 
     def _consumer(self, queue: str) -> str:
-        return f"{self.streams.jobs}.{self.roles.graph}_{queue}"
+        return f"{self.streams.jobs}.{durable_name(self.roles.graph, queue)}"
 
 
 class _StreamNames:

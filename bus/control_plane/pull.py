@@ -1,9 +1,11 @@
 """A standing pull from a durable consumer: asks for as many messages as there are free slots, and never for more.
 
 In: how many slots are free. Out: deliveries, each handed to a callback. One loop asks; requests are batched, so that
-a busy worker sends one for many jobs.
+a busy worker sends one for many jobs. Each request has a subscription to itself, so that what arrives is known to be of
+that request, which JetStream doesn't tell otherwise; when it is over, another one uses the subscription.
 Invariants: what was asked for and not yet delivered, plus what is being worked on, is at most the number of slots;
-after a lost connection, a restarted server, a deleted consumer or silence it asks again, for as long as it is open.
+after a lost connection, a restarted server, a deleted consumer or silence it asks again, for as long as it is open; a
+request that was lost on its way is forgotten soon after its own end, however much else arrives meanwhile.
 After a reconnect the server may still serve what was asked before: then more deliveries come than slots are free, and
 whoever takes them keeps them waiting (and alive).
 Leaves out: acks and what a delivery is (`delivery`), heartbeats for work in progress (`bus.jobs.consumer`).
@@ -18,9 +20,11 @@ import secrets
 import time
 from collections.abc import Awaitable, Callable
 from contextvars import Context
+from dataclasses import dataclass
 
 from bus.control_plane.connection import Connection, Msg, Subscription
 from bus.control_plane.delivery import ACK_PREFIX, Delivery, delivery_of
+from bus.control_plane.lease import Horizon, now_s
 from bus.errors import BusError, ConnectionLost, PermissionDenied
 
 MAX_BATCH = 32
@@ -31,7 +35,23 @@ _GATHER_S = 0.001
 """How long a small request waits for more free slots: a job's ack takes about as long."""
 _FIRST_PAUSE_S = 0.1
 _LONGEST_PAUSE_S = 2.0
+_MICROSECONDS = 1_000_000
+_TIME_IS_UP = "request timeout"
 _LOG = logging.getLogger(__name__)
+
+
+@dataclass(slots=True, eq=False)
+class _Lane:
+    """A subscription, and the request that it is used for."""
+
+    prefix: str
+    subscription: Subscription | None = None
+    reply: str = ""
+    """The request's reply subject; "" while there is none."""
+    num_asked: int = 0
+    """Messages of it that haven't come yet."""
+    over_at_s: float = 0.0
+    """When the request is over, told or not."""
 
 
 class PullSubscription:
@@ -44,23 +64,27 @@ class PullSubscription:
         free_slots: Callable[[], int],
         on_delivery: Callable[[Delivery], None],
         restore: Callable[[], Awaitable[None]],
+        horizon: Horizon,
     ) -> None:
-        """`consumer`: `<stream>.<durable>`."""
+        """`consumer`: `<stream>.<durable>`. `horizon` is moved when the server says that a request's time is up."""
         self._connection = connection
         self._next_subject = f"$JS.API.CONSUMER.MSG.NEXT.{consumer}"
         self._free_slots = free_slots
         self._on_delivery = on_delivery
         self._restore = restore
+        self._horizon = horizon
         self.request_s = LONGEST_REQUEST_S
-        """How long the server keeps a request. At most half of the consumer's ack_wait: then a worker that was stopped
-        has no request left when the jobs that it took are delivered again, and can't swallow them a second time."""
+        """How long the server keeps a request. At most a third of the consumer's ack_wait: then a worker that was
+        stopped has no request left when the jobs that it took are delivered again, and can't swallow them a second
+        time; and the end of one is news of the server, often enough for the leases of what comes."""
         self._inbox = f"{connection.inbox_prefix}.pull{secrets.token_hex(6)}"
-        self._subscription: Subscription | None = None
+        self._lanes: list[_Lane] = []
+        """No more than the most slots there ever were."""
+        self._idle: list[_Lane] = []
         self._asking: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()
         self._num_asked = 0
         self._num_requests = 0
-        self._heard_at_s = time.monotonic()
         self._trouble = ""
         self._pause_s = _FIRST_PAUSE_S
         self._denied: PermissionDenied | None = None
@@ -68,8 +92,8 @@ class PullSubscription:
 
     async def open(self, timeout_s: float) -> None:
         """Subscribe and ask for the first time. Raises `PermissionDenied`, `ConnectionLost`."""
-        self._subscription = await self._connection.subscribe(f"{self._inbox}.*", self._on_message, queue_group=None)
-        self._ask(self._free_slots())
+        self._horizon.advance(now_s())
+        await self._ask(self._free_slots())
         await self._connection.confirm_subscriptions(timeout_s)
         if self._denied:
             raise self._denied
@@ -84,13 +108,13 @@ class PullSubscription:
         if self._asking:
             self._asking.cancel()
             await asyncio.gather(self._asking, return_exceptions=True)
-        if self._subscription:
-            await self._connection.unsubscribe(self._subscription)
+        subscriptions = [lane.subscription for lane in self._lanes if lane.subscription]
+        await asyncio.gather(*(self._connection.unsubscribe(each) for each in subscriptions))
 
     async def _keep_asking(self) -> None:
         while True:
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self.request_s + _GRACE_S):
+                async with asyncio.timeout(self._until_overdue_s()):
                     await self._wake.wait()
             self._wake.clear()
             try:
@@ -104,13 +128,19 @@ class PullSubscription:
                 self._in_trouble(type(error).__name__)
 
     async def _ask_for_what_is_missing(self) -> None:
-        if self._num_asked and time.monotonic() - self._heard_at_s > self.request_s + _GRACE_S:
-            self._num_asked = 0
+        now = time.monotonic()
+        for lane in self._lanes:
+            if lane.reply and lane.over_at_s <= now:
+                self._end(lane)
         missing = self._free_slots() - self._num_asked
         if 0 < missing < MAX_BATCH // 2 and self._num_asked:
             await asyncio.sleep(_GATHER_S)
             missing = self._free_slots() - self._num_asked
-        self._ask(missing)
+        await self._ask(missing)
+
+    def _until_overdue_s(self) -> float:
+        ends_s = [lane.over_at_s for lane in self._lanes if lane.reply]
+        return max(0.0, min(ends_s) - time.monotonic()) if ends_s else self.request_s + _GRACE_S
 
     async def _recover(self) -> None:
         trouble, self._trouble = self._trouble, ""
@@ -125,37 +155,70 @@ class PullSubscription:
         self._trouble = what
         self._wake.set()
 
-    def _ask(self, num_messages: int) -> None:
+    async def _ask(self, num_messages: int) -> None:
         while num_messages > 0:
-            if not self._connection.is_connected:
-                raise ConnectionLost("not connected to NATS right now", subject=self._next_subject)
-            batch = min(num_messages, MAX_BATCH)
-            self._num_requests += 1
-            self._heard_at_s = time.monotonic()
-            request = {"batch": batch, "expires": int(self.request_s * 1e9)}
-            self._connection.publish_now(
-                self._next_subject, json.dumps(request).encode(), reply=f"{self._inbox}.{self._num_requests:x}"
-            )
-            self._num_asked += batch
+            lane = self._idle.pop() if self._idle else await self._new_lane()
+            try:
+                batch = min(num_messages, MAX_BATCH)
+                self._request(lane, batch)
+            finally:
+                if not lane.reply:
+                    self._idle.append(lane)
             num_messages -= batch
 
-    def _on_message(self, message: Msg) -> None:
-        self._heard_at_s = time.monotonic()
+    def _request(self, lane: _Lane, batch: int) -> None:
+        if not self._connection.is_connected:
+            raise ConnectionLost("not connected to NATS right now", subject=self._next_subject)
+        self._num_requests += 1
+        request = {"batch": batch, "expires": int(self.request_s * 1e9)}
+        reply = f"{lane.prefix}.{self._token()}"
+        self._connection.publish_now(self._next_subject, json.dumps(request).encode(), reply=reply)
+        lane.reply, lane.num_asked = reply, batch
+        lane.over_at_s = time.monotonic() + self.request_s + _GRACE_S
+        self._num_asked += batch
+
+    async def _new_lane(self) -> _Lane:
+        lane = _Lane(f"{self._inbox}.{len(self._lanes):x}")
+
+        def on_message(message: Msg) -> None:
+            self._on_message(lane, message)
+
+        lane.subscription = await self._connection.subscribe(f"{lane.prefix}.*", on_message, queue_group=None)
+        self._lanes.append(lane)
+        return lane
+
+    def _end(self, lane: _Lane) -> None:
+        """The request is over: nothing comes of it any more."""
+        self._num_asked -= lane.num_asked
+        lane.reply, lane.num_asked = "", 0
+        self._idle.append(lane)
+
+    def _token(self) -> str:
+        """A request's number and its end, which the server's word about it returns."""
+        return f"{self._num_requests:x}-{int((now_s() + self.request_s) * _MICROSECONDS):x}"
+
+    def _on_message(self, lane: _Lane, message: Msg) -> None:
         if message.reply.startswith(ACK_PREFIX):
             self._pause_s = _FIRST_PAUSE_S
-            self._num_asked = max(0, self._num_asked - 1)
+            if lane.reply:
+                lane.num_asked -= 1
+                self._num_asked -= 1
+                if not lane.num_asked:
+                    self._end(lane)
             delivery = delivery_of(message)
             if delivery is not None:
                 self._on_delivery(delivery)
             return
         headers = message.headers
         status = headers.get("Status", "")
-        if not status:
+        if not status or message.subject != lane.reply:  # of an earlier request, which was given up
             return
-        unserved = headers.get("Nats-Pending-Messages", "")
-        self._num_asked = max(0, self._num_asked - int(unserved)) if unserved.isdigit() else 0
+        self._end(lane)
         if status == "408":  # its time is over, as agreed
             self._pause_s = _FIRST_PAUSE_S
+            if headers.get("Description", "").lower() == _TIME_IS_UP:
+                end = message.subject.rpartition("-")[2]
+                self._horizon.advance(min(now_s(), int(end, 16) / _MICROSECONDS))
         else:
             self._trouble = f"{status} {headers.get('Description', '')}".strip()
         self._wake.set()
@@ -164,5 +227,8 @@ class PullSubscription:
         if not subject or subject.lower() == self._next_subject.lower():
             if isinstance(error, PermissionDenied):
                 self._denied = error
-            self._num_asked = 0
+            for lane in self._lanes:
+                if lane.reply:
+                    self._end(lane)
+            self._horizon.forget()
             self._in_trouble(str(error))

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from bus.errors import LocalProtocolError
-from schemas.jobs import JOB_ID_HEADER, MSG_ID_HEADER, REPLAY_HEADER
+from schemas.jobs import JOB_ID_HEADER, MSG_ID_HEADER, REPLAY_HEADER, UNIQUE_HEADER, durable_name
 from schemas.message import Message
 from schemas.subjects import Subject, Subjects, identifier
 
+PAUSE_JITTER = 0.2
+"""The part by which a pause is longer or shorter, by chance."""
 JOB_ID = re.compile(r"[\x21-\x7e]{1,128}")
 """What may stand in a header, without a space."""
 
@@ -35,7 +37,7 @@ class JobQueueConfig:
     backoff_s: tuple[float, ...] = (1.0, 5.0, 30.0, 120.0)
     """The pause after each failed delivery; the last stands for all further ones. A fifth more or less, by chance."""
     idempotent_handler: bool = False
-    """The handler may run twice for one job: no claims are kept, which saves two writes per job."""
+    """The handler may run twice for one job: no claims are kept, and the ack isn't waited for."""
     max_ack_pending: int = 10_000
     """Jobs of all workers together that are delivered and not settled, the ones in their pause included."""
     public: bool = False
@@ -66,7 +68,14 @@ class JobQueueConfig:
     @property
     def durable(self) -> str:
         """The name of its consumer."""
-        return f"{self.graph}_{self.queue}"
+        return durable_name(self.graph, self.queue)
+
+    @property
+    def claim_s(self) -> float:
+        """The longest that may pass between two writes to a job's claim, by a worker that finds room for the job:
+        a delivery, the silence of its worker, a pause. A claim that is forgotten sooner forgets attempts.
+        """
+        return self.max_duration_s + self.ack_wait_s + max(self.backoff_s) * (1 + PAUSE_JITTER)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,3 +114,8 @@ def claim_name(job_id: str, headers: Any) -> str:
     """What the claim of a delivered job is kept under: a replayed job has one of its own."""
     replay = headers.get(REPLAY_HEADER, "")
     return f"{job_id} {replay}" if replay else job_id
+
+
+def is_unique(headers: Any) -> bool:
+    """Whether no other message has this job's id; one that is replayed may be there twice."""
+    return UNIQUE_HEADER in headers and REPLAY_HEADER not in headers

@@ -3,7 +3,7 @@
 | name (for the prefix `nixlbus`) | holds |
 |---|---|
 | stream `NIXLBUS_JOBS` | jobs, on `nixlbus.v1.job.>`, each until it is acked (work queue) |
-| consumer `<graph>_<queue>` of it | one per queue, shared by its workers |
+| consumer `<graph>+<queue>` of it | one per queue, shared by its workers |
 | stream `NIXLBUS_DLQ` | dead letters, on `nixlbus.v1.dlq.>` |
 | stream `KV_NIXLBUS_CLAIMS` | the KV bucket of claims |
 | stream `OBJ_NIXLBUS_MEDIA` | the object store of large messages |
@@ -13,7 +13,8 @@ other limits or for workers that may not create anything, is not overruled.
 """
 
 import json
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Any
 
 from bus.control_plane.jetstream import JetStream, JetStreamError
@@ -26,7 +27,7 @@ DEAD_LETTER_DUPLICATE_WINDOW_S = 3600.0
 """Longer than any `ack_wait_s`: a worker that died between a dead letter and its term leaves one, not two."""
 DEAD_LETTER_MAX_AGE_S = 30 * 86_400.0
 CLAIM_MAX_AGE_S = 86_400.0
-"""How long a done job is remembered."""
+"""How long a done job is remembered, unless a queue needs its claims for longer."""
 MAX_WAITING = 4096
 """Requests for jobs that may wait at a consumer. A worker has at most one for each slot, mostly far fewer; NATS's
 default of 512 is 32 workers of 16 slots at worst."""
@@ -91,30 +92,47 @@ class Streams:
         )
 
 
-async def ensure_stream(jetstream: JetStream, stream: StreamSettings) -> None:
-    """Make a stream unless it is there. Raises `DurableWorkUnavailable` where another has its name or its subjects.
+async def ensure_claims(jetstream: JetStream, stream: StreamSettings, claim_s: float) -> None:
+    """Make the bucket of claims unless it is there, for claims that last `claim_s` seconds at least.
 
-    Without the right to look or to create, it is taken to be there: using it will tell.
+    Raises `DurableWorkUnavailable` where it is there and forgets them sooner, and as `ensure_stream` does.
+    """
+    longer = replace(stream, settings={**stream.settings, "max_age": max(stream.settings["max_age"], _ns(claim_s))})
+    info = await ensure_stream(jetstream, longer)
+    max_age_ns = info["config"].get("max_age", 0) if info else 0
+    if 0 < max_age_ns < _ns(claim_s):
+        raise DurableWorkUnavailable(
+            f"{stream.name} forgets a claim after {max_age_ns / 1e9:g} s, and with it what a job has used up: "
+            f"max_duration_s, ack_wait_s and the longest pause of this queue take {claim_s:g} s together",
+            remedy=f"'nats stream edit {stream.name} --max-age={math.ceil(claim_s)}s', or declare shorter times",
+        )
+
+
+async def ensure_stream(jetstream: JetStream, stream: StreamSettings) -> dict[str, Any] | None:
+    """Make a stream unless it is there, and return what JetStream tells of it.
+
+    Raises `DurableWorkUnavailable` where another has its name or its subjects. Without the right to look, it is taken
+    to be there (None is returned): using it will tell.
     """
     try:
         info = await jetstream.api(f"STREAM.INFO.{stream.name}")
     except PermissionDenied:
-        return
+        return None
     except JetStreamError as error:
         if error.number != _STREAM_NOT_FOUND:
             raise
-        await _create_stream(jetstream, stream)
-        return
+        info = await _create_stream(jetstream, stream)
     _check_subjects(stream, info)
+    return info
 
 
-async def _create_stream(jetstream: JetStream, stream: StreamSettings) -> None:
+async def _create_stream(jetstream: JetStream, stream: StreamSettings) -> dict[str, Any]:
     try:
-        await jetstream.api(f"STREAM.CREATE.{stream.name}", stream.settings)
+        return await jetstream.api(f"STREAM.CREATE.{stream.name}", stream.settings)
     except JetStreamError as error:
         if error.number != _NAME_IN_USE:
             raise
-        _check_subjects(stream, await jetstream.api(f"STREAM.INFO.{stream.name}"))  # another was faster
+        return await jetstream.api(f"STREAM.INFO.{stream.name}")  # another was faster
 
 
 def _check_subjects(stream: StreamSettings, info: dict[str, Any]) -> None:

@@ -11,13 +11,12 @@ import msgspec
 
 from bus.control_plane.delivery import Delivery
 from bus.errors import BusError, DeadlineExceeded, fault_of
-from bus.jobs.queue import JobQueueConfig
+from bus.jobs.queue import PAUSE_JITTER, JobQueueConfig, is_unique
 from schemas.fault import Fault, FaultCode
 from schemas.jobs import JobClaim
 
 HAND_BACK_DELAY_S = (0.05, 0.25)
 """For a job that a draining worker gives back: enough for the worker to have stopped asking."""
-_JITTER = 0.2
 
 
 class JobExpired(DeadlineExceeded):
@@ -39,6 +38,8 @@ class Standing(Enum):
     """A later delivery of the same message has it: leave it to that."""
     OTHER = "other"
     """Another message of the same job id: a duplicate, as long as that message is there."""
+    SETTLED = "needless: the job is settled"
+    """Out of the stream: a delivery without a claim has settled it. There is nothing left to ack."""
 
 
 def standing(claim: JobClaim | None, delivery: Delivery) -> Standing:
@@ -50,6 +51,14 @@ def standing(claim: JobClaim | None, delivery: Delivery) -> Standing:
     if claim.stream_sequence != delivery.stream_sequence:
         return Standing.OTHER
     return Standing.OURS if claim.delivery < delivery.num_delivered else Standing.SUPERSEDED
+
+
+def needs_no_claim_at_first(config: JobQueueConfig, delivery: Delivery) -> bool:
+    """Whether the first delivery of this job runs without a claim while its lease is sure: nobody else can have it.
+
+    Later ones presume that it was a try, whether it began or not; so not where one try is all there is.
+    """
+    return not config.idempotent_handler and config.max_deliver > 1 and is_unique(delivery.headers)
 
 
 def attempts(delivery: Delivery, claim: JobClaim | None) -> int:
@@ -96,4 +105,4 @@ def _named(fault: Fault, error: BaseException) -> Fault:
 def pause_s(config: JobQueueConfig, num_attempts: int) -> float:
     """The pause after the delivery of that number, counted from 1."""
     planned = config.backoff_s[min(max(1, num_attempts), len(config.backoff_s)) - 1]
-    return planned * random.uniform(1 - _JITTER, 1 + _JITTER)  # noqa: S311
+    return planned * random.uniform(1 - PAUSE_JITTER, 1 + PAUSE_JITTER)  # noqa: S311

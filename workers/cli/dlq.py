@@ -1,7 +1,8 @@
 """`nixlbus dlq ls|show|replay|drop`: the jobs that were given up, why, and what shall become of them.
 
 In: numbers of dead letters, or `--all` (of one queue with `--queue`). Out: what was found or done. A number that
-isn't there (any more) is told, and makes the exit status 1; the others are done all the same.
+isn't there (any more) is told, and makes the exit status 1; the others are done all the same. So is one that can't be
+replayed, because its payload had no room.
 """
 
 import base64
@@ -12,7 +13,7 @@ import msgpack
 import typer
 from rich.table import Table
 
-from bus import Bus, DeadLetter, DeadLetterNotFound
+from bus import Bus, DeadLetter, DeadLetterNotFound, LocalProtocolError
 from workers.cli.client import OPERATOR, open_client
 from workers.cli.output import Output
 
@@ -56,6 +57,7 @@ async def settle(
     output = Output(as_json)
     settled: list[int] = []
     missing: list[int] = []
+    refused: dict[int, str] = {}
     async with open_client(OPERATOR, nats) as bus:
         settle_one: Callable[[int], Awaitable[Any]] = (
             bus.dead_letters.replay if verb == "replay" else bus.dead_letters.drop
@@ -66,14 +68,18 @@ async def settle(
                 await settle_one(number)
             except DeadLetterNotFound:
                 missing.append(number)
+            except LocalProtocolError as error:
+                refused[number] = str(error)
             else:
                 settled.append(number)
     done = "replayed" if verb == "replay" else "dropped"
-    output.result({done: settled, "not_found": missing})
+    output.result({done: settled, "not_found": missing, **({"refused": refused} if refused else {})})
     output.text(f"{done} {len(settled)}")
     if missing:
         output.note(f"not there: {', '.join(map(str, missing))}")
-    return 1 if missing and not every else 0
+    for reason in refused.values():
+        output.note(reason)
+    return 1 if refused or (missing and not every) else 0
 
 
 async def _letters(bus: Bus, queue: str, limit: int) -> list[DeadLetter]:
@@ -93,6 +99,7 @@ def _fields(letter: DeadLetter) -> dict[str, Any]:
         "worker_id": letter.worker_id,
         "dead_at": letter.dead_at,
         "trace_id": letter.trace_id,
+        "left_out": letter.left_out,
     }
 
 

@@ -86,7 +86,8 @@ class DecodeWorker(ModelWorker):
 
     async def _prefilled(self, request: DecodeRequest, ledger: Ledger) -> tuple[Any, int]:
         """The model's cache after the prompt, made of bytes that were proved complete, and the first token."""
-        blocks = self.pool.allocate(len(request.input_ids))
+        with self.refusing():
+            blocks = self.pool.allocate(len(request.input_ids))
         try:
             async with await self.bus.create_writable(blocks.descriptor, name="kv") as kv:
                 meter = CallMeter()

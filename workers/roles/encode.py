@@ -37,7 +37,9 @@ class EncodeWorker(ModelWorker):
         """Encode the images and write [sum of image tokens, hidden] to the grant."""
         ledger = Ledger("encode")
         self.check_model(request)
-        with self.bus.arena.allocate([request.embeddings.num_bytes], torch.uint8) as source:
+        with self.refusing():
+            memory = self.bus.arena.allocate([request.embeddings.num_bytes], torch.uint8)
+        with memory as source:
             async with self.bus.claim_ahead(request.embeddings) as pending:
                 with span("model.encode", attributes={"model.images": len(request.images)}):
                     await self.thread.run(self._run, request.images, source.tensor)

@@ -1,10 +1,12 @@
 """What the roles that run a piece of the model share: the thread it runs in, its identity, the check of a request's."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import ClassVar
 
-from bus import Bus, RequestRefused
+from bus import Bus, PoolExhausted, RequestRefused
 from schemas.fault import FaultCode
 from schemas.stages import StageRequest
 from workers.model_thread import ModelThread
@@ -41,6 +43,15 @@ class ModelWorker(GraphWorker, ABC):
     def metadata(self) -> dict[str, str]:
         """Discovery also tells the model."""
         return {**super().metadata(), "model": self.identity.name, "revision": self.identity.revision}
+
+    @staticmethod
+    @contextmanager
+    def refusing() -> Iterator[None]:
+        """Around what a handler reserves before it does anything: where there is no room, another worker is asked."""
+        try:
+            yield
+        except PoolExhausted as error:
+            raise RequestRefused(FaultCode.POOL_EXHAUSTED, error.what, remedy=error.remedy) from None
 
     def check_model(self, request: StageRequest) -> None:
         """Refuse a request for other weights: its tokens would mean something else here."""

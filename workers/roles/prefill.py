@@ -44,7 +44,9 @@ class PrefillWorker(ModelWorker):
         self.check_model(request)
         kv = self.model.kv_shape
         shape = (kv.num_layers, 2, len(request.input_ids), kv.num_kv_heads, kv.head_dim)
-        with self.bus.arena.allocate(shape, kv.dtype) as source:
+        with self.refusing():
+            memory = self.bus.arena.allocate(shape, kv.dtype)
+        with memory as source:
             async with self.bus.claim_ahead(request.kv) as pending:
                 async with self._embeddings(request, ledger) as embeddings:
                     with span("model.prefill", attributes={"model.prompt_tokens": len(request.input_ids)}):

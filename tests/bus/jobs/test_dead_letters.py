@@ -1,16 +1,45 @@
 """Dead letters: listing, showing, replaying, dropping, by the API and by the command."""
 
 import asyncio
+from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
+from nats.aio.client import Client
 
-from bus import Bus, DeadLetterNotFound, EmbeddedServer, JobQueueConfig, RequestRefused, current_job
-from schemas.codec import encode
+from bus import (
+    Bus,
+    DeadLetterNotFound,
+    DeadlineExceeded,
+    EmbeddedServer,
+    JobQueueConfig,
+    LocalProtocolError,
+    RequestRefused,
+    current_job,
+)
+from schemas.codec import decode, encode
 from schemas.fault import FaultCode
 from schemas.jobs import JOB_ID_HEADER
+from schemas.protocol import PROTOCOL_HEADER, PROTOCOL_VERSION
 from schemas.subjects import InvalidIdentifier
 from tests.bus.jobs.queues import Task, noting, queue, until, until_dead
 from tests.graph_fixture import json_of, run_cli
+
+HEADERS = {PROTOCOL_HEADER: str(PROTOCOL_VERSION)}
+
+
+async def refusing(_: Task) -> None:
+    raise RequestRefused(FaultCode.INVALID_PROMPT, "no prompt " * 200, remedy="send one " * 100)
+
+
+async def forged(bus: Bus, raw: Client, config: JobQueueConfig, payload: bytes, headers: dict[str, str]) -> Any:
+    """Publish a dead letter of one's own making, and return it as it is listed."""
+    await dead(bus, config, range(1))  # so that their stream is there
+    (real,) = await bus.dead_letters.list(queue=config.queue)
+    await bus.dead_letters.drop(real.sequence)
+    await raw.jetstream().publish(f"nixlbus.v1.dlq.{config.graph}.{config.queue}", payload, headers=headers)
+    (letter,) = await bus.dead_letters.list(queue=config.queue)
+    return letter
 
 
 async def dead(bus: Bus, config: JobQueueConfig, numbers: range) -> None:
@@ -162,3 +191,114 @@ async def test_a_job_of_a_plain_client_keeps_its_headers_and_bytes(bus: Bus) -> 
     assert letter.headers["Their-Own"] == "kept"
     assert "Nats-Expected-Stream" not in letter.headers
     assert letter.payload == encode(Task(number=1))
+
+
+async def test_a_job_with_headers_that_can_not_be_sent_is_buried_without_them(bus: Bus, server: EmbeddedServer) -> None:
+    config = queue(max_deliver=2)
+    await bus.work(config, refusing)
+    block = f"NATS/1.0\r\nX Foo: 1\r\nTheir-Own: kept\r\n{PROTOCOL_HEADER}: {PROTOCOL_VERSION}\r\n\r\n".encode()
+    body, url = encode(Task(number=1)), urlsplit(server.url)
+    reader, writer = await asyncio.open_connection(url.hostname, url.port)
+    subject = config.subject(bus.subjects).name.encode()
+    command = b"HPUB %b %d %d\r\n" % (subject, len(block), len(block) + len(body))
+    writer.write(b'CONNECT {"headers":true,"verbose":false}\r\n%b%b%b\r\nPING\r\n' % (command, block, body))
+    async with asyncio.timeout(5):
+        await reader.readuntil(b"PONG\r\n")
+    writer.close()
+    (letter,) = await until_dead(bus, config)
+    assert (letter.left_out, letter.headers["Their-Own"]) == ("headers", "kept")
+    assert "X Foo" not in letter.headers
+    assert letter.payload == body
+
+
+async def test_a_job_as_large_as_can_be_is_buried_without_what_has_no_room(
+    bus: Bus, raw: Client, server: EmbeddedServer
+) -> None:
+    config, seen = queue(max_deliver=2), list[int]()
+    subject, limit = config.subject(bus.subjects).name, raw.max_payload
+    jetstream = raw.jetstream()
+    headers_alone = {**HEADERS, "Their-Own": "x" * 5000}
+    for number, room, headers in ((1, 6000, headers_alone), (2, 800, HEADERS), (3, 100, HEADERS)):
+        size = limit - room - len(encode(Task(number=number, text="x" * 70_000))) + 70_000
+        await jetstream.publish(subject, encode(Task(number=number, text="x" * size)), headers=headers)
+    consumer = await bus.work(config, refusing)
+    letters = await until_dead(bus, config, 3)
+    by_left_out = {letter.payload and decode(letter.payload, Task).number: letter for letter in letters}
+    assert {number: letter.left_out for number, letter in by_left_out.items()} == {
+        1: "headers",
+        2: "headers",
+        b"": "payload",
+    }
+    assert by_left_out[1].message
+    assert by_left_out[2].message == "", "the reason goes before the payload does"
+    assert by_left_out[b""].message
+    assert {letter.code for letter in letters} == {"invalid_prompt"}
+    await until(lambda: consumer.num_active == 0)
+    assert consumer.stats.num_dead == 3
+    await consumer.drain(5)
+
+    with pytest.raises(LocalProtocolError, match="no payload to replay"):
+        await bus.dead_letters.replay(by_left_out[b""].sequence)
+    command = ("dlq", "replay", str(by_left_out[b""].sequence), "--nats", server.url, "--json")
+    told = await asyncio.to_thread(run_cli, *command)
+    assert told.returncode == 1
+    assert "no payload to replay" in json_of(told)["refused"][str(by_left_out[b""].sequence)]
+    for number in (1, 2):
+        await bus.dead_letters.replay(by_left_out[number].sequence)
+    await bus.work(config, noting(seen))
+    await until(lambda: sorted(seen) == [1, 2])
+
+
+async def test_a_forged_letter_is_replayed_into_its_own_queue_and_no_other(bus: Bus, raw: Client) -> None:
+    config, other, seen, stray = queue(), queue(), list[int](), list[int]()
+    headers = {**HEADERS, "Nixlbus-Dead-Subject": other.subject(bus.subjects).name, JOB_ID_HEADER: "two words"}
+    letter = await forged(bus, raw, config, encode(Task(number=5)), headers)
+    assert letter.job_subject == config.subject(bus.subjects).name
+    for each, numbers in ((config, seen), (other, stray)):
+        await bus.work(each, noting(numbers))
+    await bus.dead_letters.replay(letter.sequence)
+    await until(lambda: seen == [5])
+    assert stray == []
+
+
+@pytest.mark.parametrize("number", ["²", "9" * 5000, "-1", "1_0", " 1"])
+async def test_a_forged_number_does_not_keep_the_others_from_being_listed(bus: Bus, raw: Client, number: str) -> None:
+    headers = {"Nixlbus-Dead-Deliveries": number, "Nixlbus-Dead-Sequence": number}
+    letter = await forged(bus, raw, queue(), b"", headers)
+    assert letter.deliveries in (0, 1)
+    assert letter.job_sequence == letter.deliveries
+
+
+async def test_a_listing_takes_no_longer_than_it_is_given_however_many_there_are(
+    bus: Bus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = queue()
+    await dead(bus, config, range(8))
+    jetstream = bus._durable._jetstream
+    found = jetstream.next_message
+
+    async def slow(*args: Any, **fields: Any) -> Any:
+        await asyncio.sleep(0.1)
+        return await found(*args, **fields)
+
+    monkeypatch.setattr(jetstream, "next_message", slow)
+    with pytest.raises(DeadlineExceeded):
+        await bus.dead_letters.list(queue=config.queue, timeout_s=0.35)
+    assert len(await bus.dead_letters.list(queue=config.queue, timeout_s=20)) == 8
+
+
+async def test_the_command_shows_a_letter_as_it_is_written(bus: Bus, raw: Client, server: EmbeddedServer) -> None:
+    config = queue()
+    headers = {
+        "Nixlbus-Dead-Worker": "[/red]",
+        "Nixlbus-Dead-Time": "[/red]",
+        "Nixlbus-Dead-Message": "no \\[bold]prompt",
+        JOB_ID_HEADER: "[/red]",
+    }
+    letter = await forged(bus, raw, config, b"\x81\xa4text\xa5[/red]"[:-1], headers)
+    listed = await asyncio.to_thread(run_cli, "dlq", "ls", "--queue", config.queue, "--nats", server.url)
+    assert listed.returncode == 0, listed.stderr
+    assert "[/red]" in listed.stdout
+    shown = await asyncio.to_thread(run_cli, "dlq", "show", str(letter.sequence), "--nats", server.url)
+    assert shown.returncode == 0, shown.stderr
+    assert "no \\[bold]prompt" in shown.stdout

@@ -60,7 +60,7 @@ authorization {{ users: [
 ] }}
 """
 BOUND = (
-    '"$JS.API.CONSUMER.MSG.NEXT.NIXLBUS_JOBS.test_bound", "$JS.ACK.NIXLBUS_JOBS.test_bound.>", '
+    '"$JS.API.CONSUMER.MSG.NEXT.NIXLBUS_JOBS.test+bound", "$JS.ACK.NIXLBUS_JOBS.test+bound.>", '
     '"$KV.NIXLBUS_CLAIMS.>", "$JS.API.DIRECT.GET.KV_NIXLBUS_CLAIMS", "nixlbus.v1.dlq.test.bound"'
 )
 
