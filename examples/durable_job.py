@@ -1,6 +1,8 @@
 """A durable job: stored by JetStream, done by whoever has room, and done though nobody worked when it was submitted.
 
 python examples/durable_job.py       # a server, a caller that comes and goes, then a worker, in one process
+
+One job fails at its first delivery and one is given up: `OSError: the disk is full`, as the log has it, is meant.
 """
 
 import asyncio

@@ -9,8 +9,7 @@ from io import BytesIO
 
 from PIL import Image, UnidentifiedImageError
 
-from bus import Bus, BusConfig, Message, RemoteFault, RequestRefused, embedded_server
-from schemas.fault import FaultCode
+from bus import Bus, BusConfig, FaultCode, Message, RemoteFault, RequestRefused, embedded_server
 from workers import Worker, endpoint
 
 

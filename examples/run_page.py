@@ -28,9 +28,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from bus import Bus, BusConfig, EndpointConfig, embedded_server, write_key_file
-from schemas.message import Message
-from schemas.operations import RdmaMetadata
+from bus import Bus, BusConfig, EndpointConfig, Message, RdmaMetadata, embedded_server, write_key_file
 
 INITIATORS = ("initiator", "initiator-2")
 TIMEOUT_S = 20.0

@@ -4,14 +4,16 @@ In: ports (0 = any free one) and settings. Out: a `LocalGraph` whose workers are
 the evaluation, the benchmarks and the tests start the same thing; a deployment starts the parts on their own.
 """
 
+import asyncio
 import os
 import tempfile
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NoReturn
 
-from bus import Bus, BusConfig, embedded_server, write_key_file
+from bus import Bus, BusConfig, EmbeddedServer, ServerUnavailable, embedded_server, write_key_file
 from observability.trace_store import TraceStore
 from schemas.traces import TRACE_STORE_ID
 from workers.launcher import WorkerProcess, running
@@ -27,14 +29,28 @@ Observer = Callable[[str, Progress], None]
 class LocalGraph:
     """A running graph."""
 
-    nats_url: str
-    monitoring_url: str
+    server: EmbeddedServer
     http_url: str
     otlp_endpoint: str
     key_file: str
     store: TraceStore | None
     """The traces that its processes send; None where they are sent elsewhere, or nowhere."""
     workers: list[WorkerProcess]
+
+    @property
+    def nats_url(self) -> str:
+        """Where its nats-server is."""
+        return self.server.url
+
+    @property
+    def monitoring_url(self) -> str:
+        """Where that tells of itself over HTTP."""
+        return self.server.monitoring_url
+
+    async def server_ended(self) -> NoReturn:
+        """Wait for its nats-server to end by itself; raises `ServerUnavailable` then."""
+        status = await self.server.ended()
+        raise ServerUnavailable(f"nats-server (process {self.server.pid}) ended by itself with status {status}")
 
 
 @asynccontextmanager
@@ -66,7 +82,20 @@ async def local_graph(
         specs = [WorkerSpec(role, config, settings, otlp_endpoint) for role, config in configs.items()]
         workers = await stack.enter_async_context(running(specs, on_progress))
         http_url = next((worker.detail for worker in workers if worker.spec.role == "frontend"), "")
-        yield LocalGraph(server.url, server.monitoring_url, http_url, otlp_endpoint, key_file, store, workers)
+        yield LocalGraph(server, http_url, otlp_endpoint, key_file, store, workers)
+
+
+async def first_of(*waits: Coroutine[Any, Any, object]) -> None:
+    """Return when the first of them does, or raise what it raises; the others are cancelled."""
+    tasks = [asyncio.ensure_future(wait) for wait in waits]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 @asynccontextmanager

@@ -38,7 +38,7 @@ START_ERRORS = (
     ImportError,
     OSError,
 )
-"""What can keep a worker from starting and is told in one line; anything else is a defect and shows its traceback."""
+"""What can keep a worker from starting and says itself what it is; of anything else the class is told, too."""
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 SAME_SIGNAL_S = 0.5
@@ -145,6 +145,12 @@ async def live(
                     status = await _serve(worker, settings, report, stop, interruption)
     except START_ERRORS as error:
         report(Progress("failed", str(error)))
+        return 1
+    except Exception as error:  # whatever a constructor or start() of somebody's own raises
+        if interruption.is_serving:
+            raise
+        _LOG.debug("it could not start", exc_info=True)
+        report(Progress("failed", f"{type(error).__name__}: {error}; NIXLBUS_LOG_LEVEL=DEBUG shows where"))
         return 1
     finally:
         await asyncio.to_thread(tracing.shutdown)

@@ -15,12 +15,13 @@ import sys
 import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from bus.control_plane.server_configuration import server_configuration
 
 START_TIMEOUT_S = 10.0
+_LOOK_EVERY_S = 0.25
 _PR_SET_PDEATHSIG = 1
 
 
@@ -36,6 +37,15 @@ class EmbeddedServer:
     monitoring_url: str
     pid: int
     log_file: str = ""
+    _process: subprocess.Popen[bytes] | None = field(default=None, repr=False, compare=False)
+
+    async def ended(self) -> int:
+        """Wait until it has ended by itself; returns its status, which a signal makes negative."""
+        assert self._process is not None
+        while True:
+            if (status := self._process.poll()) is not None:
+                return status
+            await asyncio.sleep(_LOOK_EVERY_S)
 
 
 def server_binary() -> str:
@@ -95,7 +105,7 @@ async def _started(process: subprocess.Popen[bytes], folder: Path) -> EmbeddedSe
     except TimeoutError:
         raise ServerUnavailable(f"nats-server was not ready within {START_TIMEOUT_S:g} s") from None
     ports = json.loads(ports_file.read_text())
-    return EmbeddedServer(ports["nats"][0], ports["monitoring"][0], process.pid, str(folder / "log"))
+    return EmbeddedServer(ports["nats"][0], ports["monitoring"][0], process.pid, str(folder / "log"), process)
 
 
 def _complete(ports_file: Path) -> bool:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from bus import Bus, BusConfig, EmbeddedServer, embedded_server
@@ -17,6 +18,7 @@ from schemas.fault import FaultCode
 from tests.docs.code_spans import code_spans, table_rows
 from workers import endpoint
 from workers.declaration import EndpointOptions
+from workers.settings import ProcessSettings, Settings
 
 PAGE = (Path(__file__).parents[2] / "docs" / "control-plane.md").read_text()
 FILES: dict[str, str] = dict(re.findall(r"^```python\n# (\w+)\.py\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL))
@@ -72,6 +74,24 @@ def test_the_table_of_headers_is_all_of_ours() -> None:
     ours = {value for name, value in vars(protocol).items() if name.endswith("_HEADER")}
     told = {name for row in table_rows(PAGE, "header") for name in re.findall(r"`([\w-]+)`", row[0])}
     assert told == ours | {PROBE_HEADER, "traceparent"}
+
+
+def test_the_tables_of_variables_are_all_that_a_process_reads() -> None:
+    shared = msgspec.structs.fields(ProcessSettings)
+    graphs = [field for field in msgspec.structs.fields(Settings) if field.name not in {each.name for each in shared}]
+    for title, fields in (("variable", shared), ("graph's variable", graphs)):
+        told = {name.strip("| `"): default.strip("`") for name, default, _ in table_rows(PAGE, title)}
+        told.pop("NIXLBUS_IDENTITY", None)
+        assert list(told) == [f"NIXLBUS_{field.name.upper()}" for field in fields]
+        assert all(told[f"NIXLBUS_{each.name.upper()}"] == str(each.default) for each in fields if each.default != "")
+
+
+def test_every_variable_that_is_read_stands_in_a_table() -> None:
+    root = Path(__file__).parents[2]
+    sources = "".join(path.read_text() for top in ("bus", "workers") for path in (root / top).rglob("*.py"))
+    read = set(re.findall(r"""environ(?:\.get\(|\[)"(NIXLBUS_\w+)""", sources))
+    tables = table_rows(PAGE, "variable") + table_rows((root / "docs" / "api.md").read_text(), "variable")
+    assert {"NIXLBUS_IDENTITY", "NIXLBUS_KEY_FILE"} <= read <= {row[0].strip("| `") for row in tables}
 
 
 def test_what_is_sent_again_is_what_the_code_sends_again() -> None:

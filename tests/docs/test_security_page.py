@@ -43,7 +43,9 @@ def test_the_roles_file_of_the_page_is_one(tmp_path: Path) -> None:
     path = tmp_path / "roles.toml"
     path.write_text(text)
     roles = load_roles(path)
-    assert set(roles.roles) == {"api", "resize", "store", "reports", "website", "operator", "observer", "provisioner"}
+    ours = {"api", "resize", "store", "reports", "traces", "website"}
+    assert set(roles.roles) == ours | {"operator", "observer", "provisioner"}
+    assert "nixlbus.v1.worker.traces.trace" in permissions(roles, "operator").publish
     assert "$JS.API.STREAM.CREATE.NIXLBUS_JOBS" in permissions(roles, "provisioner").publish
     assert not any(
         ".CREATE." in s for name in set(roles.roles) - {"provisioner"} for s in permissions(roles, name).publish

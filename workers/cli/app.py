@@ -78,7 +78,9 @@ def worker(
 
 @app.command()
 def run(
-    target: Annotated[str, typer.Argument(help="A worker's class, module:Class, from the current folder.")],
+    target: Annotated[
+        str, typer.Argument(help="A worker's class, module:Class or file.py:Class, from the current folder.")
+    ],
     nats: NatsUrl = None,
     worker_id: Annotated[
         str | None, typer.Option("--id", help="Worker id. [default: the role and random digits]")
@@ -141,7 +143,8 @@ def ps(
 @app.command()
 def asyncapi(
     targets: Annotated[
-        list[str] | None, typer.Argument(help="Workers' classes, module:Class. [default: the packaged graph]")
+        list[str] | None,
+        typer.Argument(help="Workers' classes, module:Class or file.py:Class. [default: the packaged graph]"),
     ] = None,
     live: Annotated[bool, typer.Option("--live", help="Describe the live workers instead.")] = False,
     nats: NatsUrl = None,

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rich.text import Text
+
 from bus import RemoteProtocolError
 from observability.span_record import SpanRecord
 from observability.waterfall import render_waterfall
@@ -51,7 +53,8 @@ async def run(
         answer = await _ask(graph, prompt or PROMPT, images or (), max_tokens, output)
         spans = await _spans(graph, answer.trace_id)
     output.text("\n", render_waterfall(spans))
-    output.text("\n", ledger_table(answer.ledger, answer.elapsed_ms))
+    output.text("")
+    output.table(ledger_table(answer.ledger, answer.elapsed_ms))
     output.result(
         {
             "text": answer.text,
@@ -68,14 +71,14 @@ async def run(
 
 async def _ask(graph: LocalGraph, prompt: str, images: Sequence[Path], max_tokens: int, output: Output) -> Answer:
     pictures = "".join(f" [{image.name}]" for image in images)
-    output.text(f"\n[bold]question[/bold]{pictures.replace('[', chr(92) + '[')} {prompt}")
-    output.text("[bold]answer[/bold]   ", end="")
+    output.text(Text.assemble("\n", ("question", "bold"), f"{pictures} {prompt}"))
+    output.text(Text.assemble(("answer", "bold"), "   "), end="")
     answer = Answer()
     async for event in stream_chat(graph.http_url, prompt, images, max_tokens):
         for choice in event["choices"]:
             piece = choice["delta"].get("content", "")
             answer.text += piece
-            output.text(piece.replace("[", "\\["), end="")
+            output.verbatim(piece, end="")
         answer.usage = event.get("usage", answer.usage)
         if "nixlbus" in event:
             answer.model = event["model"]

@@ -11,7 +11,6 @@ from typing import Any
 
 import msgpack
 import typer
-from rich.markup import escape
 from rich.table import Table
 
 from bus import Bus, DeadLetter, DeadLetterNotFound, LocalProtocolError
@@ -19,7 +18,6 @@ from workers.cli.client import OPERATOR, open_client
 from workers.cli.output import Output
 
 MOST = 10_000
-_SHOWN_BYTES = 2000
 
 
 async def list_letters(nats: str | None, queue: str, limit: int, as_json: bool) -> int:
@@ -29,7 +27,7 @@ async def list_letters(nats: str | None, queue: str, limit: int, as_json: bool) 
         letters = await _letters(bus, queue, limit)
     output.result({"dead_letters": [_fields(letter) for letter in letters]})
     if letters:
-        output.text(_table(letters))
+        output.table(_table(letters))
     else:
         output.text("no dead letters")
     return 0
@@ -43,10 +41,10 @@ async def show(nats: str | None, sequence: int, as_json: bool) -> int:
     payload = base64.b64encode(letter.payload).decode()
     output.result({**_fields(letter), "headers": letter.headers, "payload": payload, "message": _message(letter)})
     for name, value in _fields(letter).items():
-        output.text(_escaped(f"{name:<12} {value}"))
+        output.verbatim(_escaped(f"{name:<12} {value}"))
     for name, value in letter.headers.items():
-        output.text(_escaped(f"header       {name}: {value}"))
-    output.text(_escaped(f"payload      {len(letter.payload):,} bytes: {str(_message(letter))[:_SHOWN_BYTES]}"))
+        output.verbatim(_escaped(f"header       {name}: {value}"))
+    output.verbatim(f"payload      {len(letter.payload):,} bytes: {_message(letter) or letter.payload!r}")
     return 0
 
 
@@ -142,5 +140,5 @@ def _plain(value: Any) -> Any:
 
 
 def _escaped(text: str) -> str:
-    """As it is written: whoever wrote it neither sets colours here nor moves the terminal's cursor."""
-    return escape("".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text))
+    """As it is written, without what would move the terminal's cursor."""
+    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)

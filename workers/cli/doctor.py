@@ -13,6 +13,7 @@ from pathlib import Path
 
 import msgspec
 from rich.table import Table
+from rich.text import Text
 
 from bus import BusError, ServerUnavailable, probe_data_plane, server_binary
 from workers.cli.client import OPERATOR, open_client
@@ -40,7 +41,7 @@ async def run(nats: str | None, as_json: bool) -> int:
     checks.append(await _nats(nats))
     missing = [check.name for check in checks if check.required and not check.found]
     output.result({"ok": not missing, "missing": missing, "checks": msgspec.to_builtins(checks)})
-    output.text(_table(checks))
+    output.table(_table(checks))
     return 1 if missing else 0
 
 
@@ -140,8 +141,6 @@ def _table(checks: list[Check]) -> Table:
     for heading in ("", "check", "found", "what its lack costs"):
         table.add_column(heading, overflow="fold")
     for check in checks:
-        mark = "[green]✓[/green]" if check.found else ("[red]✗[/red]" if check.required else "[yellow]-[/yellow]")
-        table.add_row(
-            mark, check.name, check.value.replace("[", "\\["), "" if check.found else check.cost.replace("[", "\\[")
-        )
+        mark = ("✓", "green") if check.found else (("✗", "red") if check.required else ("-", "yellow"))
+        table.add_row(Text(*mark), check.name, check.value, "" if check.found else check.cost)
     return table

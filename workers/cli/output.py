@@ -2,6 +2,7 @@
 
 In: results, progress and errors. Out: with `--json` exactly one JSON object (or a line per event) on stdout and
 nothing else there; without it, text. An error is one line, or `{"error": …}` with `--json`, and exit status 1.
+Invariants: text is printed as it is (no markup, no names of emoji); where stdout is no terminal nothing is folded.
 """
 
 import json
@@ -23,7 +24,7 @@ class Output:
 
     def __init__(self, as_json: bool) -> None:
         self.as_json = as_json
-        self.console = Console(stderr=as_json, highlight=False, soft_wrap=False)
+        self.console = _console(stderr=as_json)
 
     def result(self, value: dict[str, Any] | list[Any]) -> None:
         """The command's result, with `--json`."""
@@ -32,19 +33,30 @@ class Output:
             sys.stdout.flush()
 
     def text(self, *renderables: Any, end: str = "\n", wrap: bool = True) -> None:
-        """Something to read, without `--json`. Lines are folded at the terminal's width if `wrap`."""
+        """Something to read, without `--json`. Lines are folded at the terminal's width, if `wrap` and there is one."""
         if not self.as_json:
-            self.console.print(*renderables, end=end, soft_wrap=not wrap)
+            self.console.print(*renderables, end=end, soft_wrap=not wrap or not self.console.is_terminal)
 
-    def table(self, table: Table) -> None:
-        """A table at its full width, without `--json`: a narrower terminal wraps its lines, and nothing is cut."""
-        needed = self.console.measure(table, options=self.console.options.update(width=_WIDEST)).maximum
-        self.console.width = max(self.console.width, needed)
+    def verbatim(self, text: str, end: str = "\n") -> None:
+        """Text of others, without `--json`: to the character, tabs included."""
+        if not self.as_json:
+            self.console.file.write(text + end)
+            self.console.file.flush()
+
+    def table(self, table: Table, *, whole: bool = False) -> None:
+        """A table, without `--json`. Cells are folded where a terminal is narrow, unless it is to be `whole`: then the
+        terminal wraps its lines.
+        """
+        width = self.console.width
+        if whole or not self.console.is_terminal:
+            needed = self.console.measure(table, options=self.console.options.update(width=_WIDEST)).maximum
+            self.console.width = max(width, needed)
         self.text(table)
+        self.console.width = width
 
     def note(self, text: str) -> None:
         """A remark on stderr."""
-        Console(stderr=True, highlight=False).print(text, style="dim", soft_wrap=True)
+        _console(stderr=True).print(text, style="dim", soft_wrap=True)
 
     def progress(self, role: str, progress: Progress) -> None:
         """A worker's step, on stderr."""
@@ -56,7 +68,11 @@ class Output:
         if self.as_json:
             self.result({"error": error_fields(error)})
         else:
-            Console(stderr=True, highlight=False).print(f"error: {error}", style="red", soft_wrap=True, markup=False)
+            _console(stderr=True).print(f"error: {error}", style="red", soft_wrap=True)
+
+
+def _console(*, stderr: bool) -> Console:
+    return Console(stderr=stderr, highlight=False, markup=False, emoji=False)
 
 
 def error_fields(error: BaseException) -> dict[str, Any]:

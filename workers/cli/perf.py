@@ -103,10 +103,10 @@ def _tell(initiator: str, request: PerformanceRequest, report: PerformanceReport
     verb = "writes to" if request.direction == "write" else "reads from"
     lanes = f"{report.lanes} ({report.lanes_reason})" if report.lanes_reason else report.lanes
     output.text(f"{initiator} {verb} {request.target}")
-    output.text(f"{report.backend}: {lanes}".replace("[", "\\["))
-    output.text(_table(report))
+    output.text(f"{report.backend}: {lanes}")
+    output.table(_table(report))
     for size in report.skipped:
-        output.text(f"{size_text(size.size_bytes)} skipped: {size.reason}".replace("[", "\\["))
+        output.text(f"{size_text(size.size_bytes)} skipped: {size.reason}")
 
 
 def _table(report: PerformanceReport) -> Table:

@@ -116,7 +116,7 @@ def _show(output: Output, listed: Listed) -> None:
     if console.is_terminal and needed > console.width:
         output.text(Text(paragraphs(listed, console.width)), wrap=False)
     else:
-        output.table(lines)
+        output.table(lines, whole=True)
 
 
 def _pairs(headings: Sequence[str], values: Sequence[str], depth: int, width: int) -> list[str]:

@@ -54,11 +54,11 @@ async def _ask(bus: Bus, graph: str, message: GenerateRequest, timeout_s: float,
         async for frame in frames:
             if isinstance(frame, GenerateChunk):
                 text += frame.text
-                output.text(frame.text.replace("[", "\\["), end="")
+                output.verbatim(frame.text, end="")
             else:
                 done = frame
     assert done is not None  # the stream ends with it, or raises
     output.text("")
     output.note(f"trace {done.trace_id or 'not recorded'}")
-    output.text(ledger_table(msgspec.to_builtins(done.ledger), done.elapsed_ms))
+    output.table(ledger_table(msgspec.to_builtins(done.ledger), done.elapsed_ms))
     output.result({"text": text, **msgspec.to_builtins(done)})

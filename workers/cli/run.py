@@ -6,13 +6,14 @@ from bus import BusConfig
 from workers.cli.output import Output
 from workers.process import Progress, Signals, live
 from workers.settings import ProcessSettings
-from workers.target import load_worker
+from workers.target import check_constructor, load_worker
 
 
 async def run(target: str, nats: str | None, worker_id: str | None, group: str | None, as_json: bool) -> int:
     """Run it; returns its exit status. Raises `UnknownTarget`."""
     output = Output(as_json)
     worker_type = load_worker(target)
+    check_constructor(target, worker_type)
     if group:
         worker_type.group = group
     config = BusConfig.from_env(worker_type.role, nats_url=nats, worker_id=worker_id)

@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 
 from bus import ConfigError, write_key_file
 from workers.cli.output import Output
-from workers.local_graph import local_graph, state_key_file
+from workers.local_graph import first_of, local_graph, state_key_file
 from workers.process import stop_on_signals
 from workers.settings import Settings
 
@@ -15,7 +15,8 @@ DEFAULT_PORT = 4222
 
 
 async def run(port: int | None, otlp_port: int | None, as_json: bool) -> int:
-    """Run both; returns the exit status. Raises `ServerUnavailable`, `ConfigError`.
+    """Run both; returns the exit status. Raises `ServerUnavailable`, also when nats-server ends by itself, and
+    `ConfigError`.
 
     `port` None is the one where this environment's workers and commands look. The key's file is made if it isn't there.
     """
@@ -46,7 +47,7 @@ async def run(port: int | None, otlp_port: int | None, as_json: bool) -> int:
             "Ctrl-C stops it; what its streams hold is gone then.",
         ):
             output.text(line, wrap=False)  # whole: it is copied
-        await stop.wait()
+        await first_of(stop.wait(), graph.server_ended())
     return 0
 
 

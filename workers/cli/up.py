@@ -2,16 +2,20 @@
 
 import asyncio
 import os
+from typing import NoReturn
 
 from workers.cli.output import Output
 from workers.launcher import WorkerFailed, WorkerProcess
-from workers.local_graph import LocalGraph, local_graph, state_key_file
+from workers.local_graph import LocalGraph, first_of, local_graph, state_key_file
 from workers.process import stop_on_signals
 from workers.settings import Settings
 
 
 async def run(nats_port: int, http_port: int | None, otlp_port: int | None, model: str | None, as_json: bool) -> int:
-    """Run the graph; returns the exit status. Raises `WorkerFailed` when a worker ends by itself."""
+    """Run the graph; returns the exit status.
+
+    Raises `WorkerFailed` when a worker ends by itself, `ServerUnavailable` when nats-server does.
+    """
     output = Output(as_json)
     settings = Settings.from_env(http_port=http_port, otlp_port=otlp_port, model=model)
     elsewhere = os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT") or None
@@ -22,7 +26,7 @@ async def run(nats_port: int, http_port: int | None, otlp_port: int | None, mode
         settings, nats_port=nats_port, key_file=state_key_file(), otlp_endpoint=elsewhere, on_progress=output.progress
     ) as graph:
         _tell(graph, settings.graph, output)
-        await _until_stopped(graph.workers, stop)
+        await first_of(stop.wait(), graph.server_ended(), *map(_failed, graph.workers))
         output.note("draining")
     return 0
 
@@ -48,14 +52,6 @@ def _tell(graph: LocalGraph, graph_name: str, output: Output) -> None:
     )
 
 
-async def _until_stopped(workers: list[WorkerProcess], stop: asyncio.Event) -> None:
-    stopping = asyncio.create_task(stop.wait())
-    endings = {asyncio.create_task(worker.ended()): worker for worker in workers}
-    try:
-        done, _ = await asyncio.wait({stopping, *endings}, return_when=asyncio.FIRST_COMPLETED)
-        for task in done - {stopping}:
-            worker = endings[task]
-            raise WorkerFailed(worker.spec.role, f"it ended with status {task.result()}")
-    finally:
-        for task in (stopping, *endings):
-            task.cancel()
+async def _failed(worker: WorkerProcess) -> NoReturn:
+    status = await worker.ended()
+    raise WorkerFailed(worker.spec.role, f"it ended with status {status}")

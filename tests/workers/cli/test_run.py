@@ -12,7 +12,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from bus import Bus, BusConfig, Message
+import pytest
+
+from bus import Bus, BusConfig, EmbeddedServer, Message
 from schemas.subjects import Subjects
 from tests.graph_fixture import NIXLBUS, environment
 
@@ -49,7 +51,7 @@ class Sum(Message, frozen=True, kw_only=True, tag="sum"):
 
 
 @contextmanager
-def started(folder: Path, *arguments: str, **variables: str) -> Iterator["subprocess.Popen[str]"]:
+def started(folder: Path, *arguments: str, status: int = 0, **variables: str) -> Iterator["subprocess.Popen[str]"]:
     process = subprocess.Popen(
         [NIXLBUS, *arguments],
         cwd=folder,
@@ -61,11 +63,12 @@ def started(folder: Path, *arguments: str, **variables: str) -> Iterator["subpro
     try:
         yield process
     finally:
-        process.send_signal(signal.SIGTERM)
+        if status == 0:
+            process.send_signal(signal.SIGTERM)
         process.wait(20)
         assert process.stdout
         process.stdout.close()
-    assert process.returncode == 0
+    assert process.returncode == status
 
 
 def line(process: "subprocess.Popen[str]") -> dict[str, str]:
@@ -100,7 +103,7 @@ def get(url: str) -> tuple[int, str]:
 
 async def test_a_worker_of_one_s_own_serves_tells_its_health_and_drains(tmp_path: Path, unused_tcp_port: int) -> None:
     (tmp_path / "calc.py").write_text(WORKER)
-    with started(tmp_path, "server", "--port", "0", "--otlp-port", "0", "--json") as server:
+    with started(tmp_path, "server", "--port", "0", "--otlp-port", "0", "--json", status=1) as server:
         url = line(server)["nats_url"]
         subject = Subjects().graph("math", "add")
         health = f"http://127.0.0.1:{unused_tcp_port}"
@@ -139,3 +142,73 @@ def test_a_target_that_is_none_is_told_with_what_is_there(tmp_path: Path) -> Non
         assert (finished.returncode, finished.stdout) == (1, "")
         assert said in finished.stderr
         assert "Traceback" not in finished.stderr
+
+
+FAILING = """
+from workers import Worker
+
+
+class NoDatabase(Worker):
+    async def start(self) -> None:
+        raise RuntimeError("no database today")
+
+
+class Unmade(Worker):
+    def __init__(self, bus) -> None:
+        super().__init__(bus)
+        self.size = None + 1
+
+
+class Counted(Worker):
+    def __init__(self, bus, size: int) -> None:
+        super().__init__(bus)
+"""
+
+
+def run_failing(folder: Path, nats_url: str, target: str, **variables: str) -> "subprocess.CompletedProcess[str]":
+    (folder / "failing.py").write_text(FAILING)
+    (folder / "unsound.py").write_text("x = 1\ny = x.nothing\n")
+    return subprocess.run(
+        [NIXLBUS, "run", target],
+        cwd=folder,
+        env=environment(NIXLBUS_NATS_URL=nats_url, **variables),
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [
+        (
+            "failing:NoDatabase",
+            "no-database failed RuntimeError: no database today; NIXLBUS_LOG_LEVEL=DEBUG shows where",
+        ),
+        ("failing:Unmade", "unmade failed TypeError: unsupported operand type"),
+        ("failing:Counted", "missing a required argument: 'size'; pass what the constructor takes besides the bus"),
+        ("unsound:Anything", "AttributeError: 'int' object has no attribute 'nothing' (unsound.py, line 2)"),
+    ],
+)
+async def test_what_keeps_a_worker_of_one_s_own_from_starting_is_one_line(
+    tmp_path: Path, nats: EmbeddedServer, target: str, said: str
+) -> None:
+    finished = await asyncio.to_thread(run_failing, tmp_path, nats.url, target)
+    assert finished.returncode == 1
+    assert said in finished.stderr.splitlines()[-1]
+    assert "Traceback" not in finished.stderr
+
+
+async def test_where_a_start_failed_is_told_to_who_debugs(tmp_path: Path, nats: EmbeddedServer) -> None:
+    finished = await asyncio.to_thread(run_failing, tmp_path, nats.url, "failing:NoDatabase", NIXLBUS_LOG_LEVEL="DEBUG")
+    assert finished.returncode == 1
+    assert 'failing.py", line 7' in finished.stderr
+
+
+def test_a_file_s_name_will_do_for_its_module(tmp_path: Path) -> None:
+    (tmp_path / "calc.py").write_text(WORKER)
+    finished = subprocess.run(
+        [NIXLBUS, "run", "calc.py:Other"], cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False
+    )
+    assert "it has ['Calculator']" in finished.stderr

@@ -1,5 +1,7 @@
 """`nixlbus server`, as a developer starts it: where it listens, and what it tells to copy."""
 
+import json
+import os
 import signal
 import stat
 import subprocess
@@ -31,6 +33,29 @@ def test_it_listens_where_its_environment_looks_and_makes_the_key_that_is_named(
         assert process.wait(20) == 0
         assert process.stdout
         process.stdout.close()
+
+
+def test_it_ends_with_its_nats_server(tmp_path: Path) -> None:
+    told = environment(XDG_STATE_HOME=str(tmp_path))
+    command = [NIXLBUS, "server", "--port", "0", "--otlp-port", "0", "--json"]
+    process = subprocess.Popen(command, env=told, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout
+        assert process.stdout.readline()
+        (child,) = _children(process.pid, "nats-server")
+        os.kill(child, signal.SIGKILL)
+        out, errors = process.communicate(timeout=20)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 1
+    assert json.loads(out)["error"]["message"] == f"nats-server (process {child}) ended by itself with status -9"
+    assert "Traceback" not in errors
+
+
+def _children(pid: int, name: str) -> list[int]:
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(child) for child in children if name in Path(f"/proc/{child}/comm").read_text()]
 
 
 def test_an_address_that_is_none_is_named() -> None:
