@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from types import UnionType
 from typing import Any, Generic, Protocol, TypeVar, Union, get_args, get_origin, get_type_hints, overload
 
-from bus import JobQueueConfig, Middleware, Place, RetryPolicy, StreamCall, UnaryCall
+from bus import Frame, JobQueueConfig, Middleware, Place, RetryPolicy, StreamCall, UnaryCall
 from schemas.message import Message
 
 Q = TypeVar("Q", bound=Message)
@@ -254,13 +254,19 @@ def request_type(method: Callable[..., Any]) -> type[Message]:
 
 
 def reply_type(method: Callable[..., Any]) -> Any:
-    """What the method's annotation says it returns or yields. Raises `TypeError` if that is no message."""
+    """What the method's annotation says it returns or yields. Raises `TypeError` if that is no message, or for a
+    stream no `Frame`: the numbers of frames are what a lost one is noticed by."""
     annotated = get_type_hints(method).get("return")
+    is_stream = inspect.isasyncgenfunction(method)
     if get_origin(annotated) in _STREAMS:
+        is_stream = True
         annotated = get_args(annotated)[0]
     members = get_args(annotated) if get_origin(annotated) in (Union, UnionType) else (annotated,)
     if not all(_is_message(member) for member in members):
         raise TypeError(f"{method.__qualname__} must say which Message class it returns, or which it yields")
+    plain = [member.__name__ for member in members if is_stream and not issubclass(member, Frame)]
+    if plain:
+        raise TypeError(f"{method.__qualname__} yields {', '.join(plain)}: what a stream yields must be a Frame class")
     return annotated
 
 

@@ -23,6 +23,9 @@ PRELOADED = ("torch", "nixl._api", "transformers", "workers.preload")
 """Imported once, in the fork server. A wrong name would be ignored silently; a test looks."""
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 15.0
+"""How long a worker may take to end, at least."""
+CLOSE_TIMEOUT_S = 5.0
+"""What it may take beyond its drain."""
 
 
 class WorkerFailed(Exception):
@@ -88,7 +91,7 @@ class WorkerProcess:
 
     async def stopped(self) -> None:
         """Wait for its end, and kill it after a while."""
-        await asyncio.to_thread(self._process.join, STOP_TIMEOUT_S)
+        await asyncio.to_thread(self._process.join, stop_timeout_s(self.spec))
         if self._process.is_alive():
             self._process.kill()
             await asyncio.to_thread(self._process.join)
@@ -103,6 +106,11 @@ class WorkerProcess:
             return Progress("failed", f"not ready within {START_TIMEOUT_S:g} s")
         progress: Progress = self._ours.recv()
         return progress
+
+
+def stop_timeout_s(spec: WorkerSpec) -> float:
+    """How long to wait for a worker's end before it is killed: longer than it may drain."""
+    return max(STOP_TIMEOUT_S, spec.settings.drain_timeout_s + CLOSE_TIMEOUT_S)
 
 
 @asynccontextmanager

@@ -13,6 +13,7 @@ and others call it with `await bus.request(Calculator.add, Add(a=1, b=2))`. Work
 queue group.
 """
 
+import asyncio
 import re
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -33,13 +34,16 @@ class Worker:
     role: ClassVar[str] = "worker"
     """What it is called in worker ids and in discovery; the class's name in lower case unless it is set."""
     group: str = ""
-    """What its endpoints' subjects have in common; `role` unless it is set."""
+    """What its endpoints' subjects have in common. One that is written in the class or inherited from a class that
+    writes it; else the class's own `role`, so that two subclasses of one base don't share their requests."""
     needs_data_plane: ClassVar[bool] = False
     """Whether it moves tensors."""
     timeout_s: float = 60.0
     """What a request may take that brings no deadline, and whose endpoint doesn't say."""
     middleware: ClassVar[Sequence[Middleware]] = ()
     """Around every endpoint, the outermost first."""
+    _own_group: ClassVar[str | None] = None
+    """What the class itself writes as its group."""
 
     def __init__(self, bus: Bus) -> None:
         """A subclass may take more: what it depends on."""
@@ -50,14 +54,15 @@ class Worker:
         super().__init_subclass__(**keywords)
         if "role" not in cls.__dict__:
             cls.role = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", cls.__name__.lstrip("_")).lower()
-        if not cls.group:
-            cls.group = cls.role
+        if "_own_group" not in cls.__dict__:  # it is there in a class that a decorator has made anew
+            cls._own_group = cls.__dict__.get("group")
+        cls.group = _written_group(cls) or cls.role
 
     async def start(self) -> None:
-        """Called before anything is served: load what that needs."""
+        """Called before anything is served: load what that needs. It is cancelled if the worker is told to stop."""
 
     async def stop(self) -> None:
-        """Called after everything has drained."""
+        """Called after everything has drained, if `start` returned."""
 
     @property
     def not_ready(self) -> str:
@@ -119,14 +124,27 @@ class Worker:
 
     @asynccontextmanager
     async def serving(self, drain_timeout_s: float = DRAIN_TIMEOUT_S) -> AsyncIterator[None]:
-        """Start, serve, and at the end drain and stop."""
+        """Start, serve, and at the end drain and stop.
+
+        `stop` follows a `start` that returned, whatever fails or is cancelled after it; a `start` that doesn't return
+        cleans up after itself. Cancelled while it drains, it drains no longer: whose request is left is told so.
+        """
+        await self.start()
         try:
-            await self.start()
-            await self.serve()
-            yield
+            try:
+                await self.serve()
+                yield
+            finally:
+                await self._drain(drain_timeout_s)
         finally:
-            await self.bus.drain(drain_timeout_s)
             await self.stop()
+
+    async def _drain(self, timeout_s: float) -> None:
+        try:
+            await self.bus.drain(timeout_s)
+        except asyncio.CancelledError:
+            await self.bus.drain(0.0)
+            raise
 
     def _endpoint_config(self, found: DeclaredEndpoint) -> EndpointConfig:
         options = found.options
@@ -148,6 +166,12 @@ class Worker:
             middleware=(*self.middleware, *options.middleware),
             reply_type=found.reply_type,
         )
+
+
+def _written_group(worker_type: type) -> str:
+    """What the class, or the nearest of its bases that writes a group, says; "" if none does."""
+    written = (each.__dict__.get("_own_group", each.__dict__.get("group")) for each in worker_type.__mro__)
+    return next((group for group in written if group is not None), "")
 
 
 def package_version() -> str:

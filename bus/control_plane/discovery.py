@@ -93,25 +93,74 @@ class Service:
         return answer
 
 
+class _EndpointTold(msgspec.Struct):
+    name: str
+    subject: str
+    queue_group: str = ""
+    metadata: dict[str, str] = {}
+
+
+class _FiguresTold(msgspec.Struct):
+    name: str
+    subject: str
+    num_requests: int = 0
+    num_errors: int = 0
+    processing_time: int = 0
+    data: dict[str, int] = {}
+
+
+class _InfoTold(msgspec.Struct):
+    """What is read of an INFO answer; there may be more in it."""
+
+    name: str
+    id: str
+    metadata: dict[str, str]
+    version: str = ""
+    endpoints: list[_EndpointTold] = []
+
+
+class _StatsTold(msgspec.Struct):
+    """What is read of a STATS answer."""
+
+    name: str
+    id: str
+    started: str = ""
+    endpoints: list[_FiguresTold] = []
+
+
+_NO_FIGURES: Mapping[str, Any] = {"started": "", "endpoints": []}
+
+
 async def discover(connection: Connection, inbox: Inbox, *, timeout_s: float) -> list[dict[str, Any]]:
-    """The live workers of this bus: their INFO answers, each with its `endpoints` completed by STATS."""
-    infos = await _ask_all(connection, inbox, "$SRV.INFO", timeout_s)
-    stats = {answer["id"]: answer for answer in await _ask_all(connection, inbox, "$SRV.STATS", timeout_s)}
+    """The live workers of this bus: their INFO answers, each with its `endpoints` completed by STATS.
+
+    Anybody may answer: what isn't of ADR-32's types, or of no worker, is left out, and so is a second answer of an id.
+    """
+    infos = {
+        told["id"]: told
+        for told in reversed(await _ask_all(connection, inbox, "$SRV.INFO", _InfoTold, timeout_s))
+        if "nixlbus" in told["metadata"]
+    }
+    stats = {
+        (told["name"], told["id"]): told
+        for told in reversed(await _ask_all(connection, inbox, "$SRV.STATS", _StatsTold, timeout_s))
+    }
     services = []
-    for info in sorted(infos, key=lambda answer: (answer["name"], answer["id"])):
-        if "nixlbus" not in info.get("metadata", {}):
-            continue
-        measured = {_key(endpoint): endpoint for endpoint in stats.get(info["id"], {}).get("endpoints", [])}
-        endpoints = [{**measured.get(_key(endpoint), {}), **endpoint} for endpoint in info.get("endpoints", [])]
-        services.append({**info, "started": stats.get(info["id"], {}).get("started", ""), "endpoints": endpoints})
+    for info in sorted(infos.values(), key=lambda told: (told["name"], told["id"])):
+        figures = stats.get((info["name"], info["id"]), _NO_FIGURES)
+        measured = {_key(endpoint): endpoint for endpoint in figures["endpoints"]}
+        endpoints = [{**measured.get(_key(endpoint), {}), **endpoint} for endpoint in info["endpoints"]]
+        services.append({**info, "started": figures["started"], "endpoints": endpoints})
     return services
 
 
 def _key(endpoint: Mapping[str, Any]) -> tuple[Any, Any]:
-    return endpoint.get("name"), endpoint.get("subject")  # an event may have the name of a stage
+    return endpoint["name"], endpoint["subject"]  # an event may have the name of a stage
 
 
-async def _ask_all(connection: Connection, inbox: Inbox, subject: str, timeout_s: float) -> list[dict[str, Any]]:
+async def _ask_all(
+    connection: Connection, inbox: Inbox, subject: str, told_type: type[_InfoTold | _StatsTold], timeout_s: float
+) -> list[dict[str, Any]]:
     answers: list[dict[str, Any]] = []
     overall = Deadline.after(timeout_s)
     async with inbox.waiting(subject) as (reply_subject, waiter):
@@ -119,12 +168,21 @@ async def _ask_all(connection: Connection, inbox: Inbox, subject: str, timeout_s
         while not overall.expired:
             quiet = overall if not answers else Deadline.after(min(QUIET_S, overall.remaining_s))
             try:
-                answers.append(msgspec.json.decode((await waiter.next(quiet)).data))
+                answers.append(_read((await waiter.next(quiet)).data, told_type))
             except (DeadlineExceeded, NoResponders):
                 break
-            except (msgspec.MsgspecError, BusError):
+            except (msgspec.MsgspecError, UnicodeError, RecursionError, BusError):
                 continue
-    return [answer for answer in answers if isinstance(answer, Mapping) and "id" in answer and "name" in answer]
+    return answers
+
+
+def _read(answer: bytes, told_type: type[_InfoTold | _StatsTold]) -> dict[str, Any]:
+    """All that an answer holds, what `told_type` has of it with its types and defaults. Raises `MsgspecError`, others."""
+    everything = msgspec.json.decode(answer)
+    told = msgspec.convert(everything, told_type)
+    both = zip(everything.get("endpoints", ()), told.endpoints, strict=True)
+    endpoints = [{**whole, **msgspec.to_builtins(read)} for whole, read in both]
+    return {**everything, **msgspec.to_builtins(told), "endpoints": endpoints}
 
 
 def _infos(listed: Sequence[Listed], budget_bytes: int) -> list[EndpointInfo]:

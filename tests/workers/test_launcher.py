@@ -10,7 +10,7 @@ import pytest
 
 from bus import BusConfig, embedded_server
 from tests.graph_fixture import NIXLBUS, environment
-from workers.launcher import PRELOADED, WorkerFailed, running
+from workers.launcher import PRELOADED, STOP_TIMEOUT_S, WorkerFailed, running, stop_timeout_s
 from workers.process import WorkerSpec
 from workers.settings import Settings
 
@@ -33,6 +33,12 @@ async def test_a_worker_that_can_not_start_is_told_and_the_others_are_stopped() 
             async with running([good, bad]):
                 raise AssertionError("not every worker was ready")
     assert caught.value.role == "encode"
+
+
+def test_a_worker_is_not_killed_while_it_may_still_drain() -> None:
+    config = BusConfig(worker_id="w", nats_url="nats://127.0.0.1:4222")
+    assert stop_timeout_s(WorkerSpec("decode", config, Settings(drain_timeout_s=120))) > 120
+    assert stop_timeout_s(WorkerSpec("decode", config, Settings(drain_timeout_s=1))) == STOP_TIMEOUT_S
 
 
 async def test_up_ends_with_an_error_when_a_worker_is_killed_and_leaves_no_process(

@@ -8,9 +8,22 @@ from typing import Any
 
 import pytest
 
-from bus import Bus, BusConfig, EmbeddedServer, Frame, LastFrame, Message, RemoteFault, RequestContext, current_request
+from bus import (
+    Bus,
+    BusConfig,
+    EmbeddedServer,
+    EndpointConfig,
+    Frame,
+    LastFrame,
+    Message,
+    RemoteFault,
+    RequestContext,
+    current_request,
+)
 from bus.errors import RequestRefused
 from schemas.fault import FaultCode
+from schemas.stream import StreamEnd
+from schemas.subjects import Subject
 from workers import Worker, endpoint, job, on_event
 from workers.declaration import DeclaredEndpoint, declared, request_type
 from workers.roles import GRAPH_ROLES, role_class, role_names
@@ -183,6 +196,71 @@ async def test_a_worker_starts_before_it_serves_and_stops_after_it_drained(nats:
     assert worker.log == ["start", "stop"]
 
 
+class Fragile(Worker):
+    """Says which of its steps were taken; `failing` raises."""
+
+    def __init__(self, bus: Bus, failing: str = "") -> None:
+        super().__init__(bus)
+        self.failing = failing
+        self.log: list[str] = []
+        self.begun = asyncio.Event()
+
+    async def start(self) -> None:
+        self.log.append("start")
+        if self.failing == "start":
+            raise OSError("the disk is full")
+
+    async def serve(self) -> None:
+        if self.failing == "serve":
+            raise OSError("the disk is full")
+        await super().serve()
+
+    async def stop(self) -> None:
+        self.log.append("stop")
+
+    @endpoint(timeout_s=600)
+    async def wait(self, request: Add) -> Sum:
+        self.begun.set()
+        await asyncio.sleep(600)
+        return Sum(total=0)
+
+
+@pytest.mark.parametrize(("failing", "steps"), [("start", ["start"]), ("serve", ["start", "stop"])])
+async def test_what_started_is_stopped_and_nothing_else(client: Bus, failing: str, steps: list[str]) -> None:
+    worker = Fragile(client, failing)
+    with pytest.raises(OSError, match="the disk is full"):
+        async with worker.serving():
+            raise AssertionError("it served")
+    assert worker.log == steps
+
+
+async def test_a_drain_that_is_cancelled_ends_tells_its_callers_and_stops(nats: EmbeddedServer, client: Bus) -> None:
+    workers: list[Fragile] = []
+    leave = asyncio.Event()
+
+    async def live() -> None:
+        async with Fragile.running(BusConfig(worker_id="fragile", nats_url=nats.url), drain_timeout_s=600) as worker:
+            workers.append(worker)
+            await leave.wait()
+
+    living = asyncio.create_task(live())
+    asking = asyncio.create_task(client.request(Fragile.wait, Add(a=1)))
+    async with asyncio.timeout(10):
+        while not workers:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        await workers[0].begun.wait()
+        leave.set()
+        while workers[0].not_ready != "draining":  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        living.cancel()
+        with pytest.raises(RemoteFault) as caught:
+            await asking
+        assert caught.value.fault.code == "cancelled"
+        with pytest.raises(asyncio.CancelledError):
+            await living
+    assert workers[0].log == ["start", "stop"]
+
+
 async def test_a_declaration_without_types_is_refused_before_anything_is_served(nats: EmbeddedServer) -> None:
     class Vague(Worker):
         @endpoint()
@@ -195,6 +273,38 @@ async def test_a_declaration_without_types_is_refused_before_anything_is_served(
     with pytest.raises(TypeError, match=r"vague must take one argument, annotated with a Message class"):
         async with Vague.running(BusConfig(worker_id="v", nats_url=nats.url)):
             raise AssertionError("it served")
+
+
+async def test_a_stream_of_messages_that_are_no_frames_is_refused_before_anything_is_served(
+    nats: EmbeddedServer,
+) -> None:
+    class Plain(Worker):
+        @endpoint()
+        async def plain(self, request: Add) -> AsyncGenerator[Number | Sum, None]:
+            yield Sum(total=0)
+
+    with pytest.raises(TypeError, match=r"Plain\.plain yields Sum: what a stream yields must be a Frame class"):
+        async with Plain.running(BusConfig(worker_id="p", nats_url=nats.url)):
+            raise AssertionError("it served")
+
+
+class Numbered(Message, frozen=True, kw_only=True, tag="test.numbered"):
+    seq: int
+
+
+async def test_a_handler_without_a_class_may_still_number_its_messages_itself(
+    nats: EmbeddedServer, client: Bus
+) -> None:
+    async def numbered(request: Add) -> AsyncGenerator[Numbered | StreamEnd, None]:
+        yield Numbered(seq=0)
+        yield Numbered(seq=1)
+        yield StreamEnd(seq=2)
+
+    subject = Subject("test.numbered", "test.numbered")
+    async with Bus.open(BusConfig(worker_id="old", nats_url=nats.url), data_plane=False) as old:
+        await old.serve(EndpointConfig("numbered", subject, Add), numbered)
+        frames = [frame async for frame in client.stream(subject, Add(a=0), Numbered, timeout_s=5)]
+    assert frames == [Numbered(seq=0), Numbered(seq=1)]
 
 
 def test_a_handler_whose_request_has_no_message_type_is_refused() -> None:
@@ -214,6 +324,52 @@ def test_a_role_is_named_after_its_class_and_its_group_after_its_role() -> None:
 
     assert (ThumbnailMaker.role, ThumbnailMaker.group) == ("thumbnail-maker", "thumbnail-maker")
     assert (Calculator.role, Calculator.group) == ("calculator", "math")
+
+
+class Base(Worker):
+    """What an application's workers share; it writes no group."""
+
+
+class Increment(Base):
+    @endpoint()
+    async def run(self, request: Add) -> Sum:
+        return Sum(total=request.a + 1)
+
+
+class Negate(Base):
+    @endpoint()
+    async def run(self, request: Add) -> Sum:
+        return Sum(total=-request.a)
+
+
+async def test_subclasses_of_a_base_that_writes_no_group_do_not_share_their_requests(
+    nats: EmbeddedServer, client: Bus
+) -> None:
+    async with (
+        Increment.running(BusConfig(worker_id="increment-1", nats_url=nats.url)),
+        Negate.running(BusConfig(worker_id="negate-1", nats_url=nats.url)),
+    ):
+        for a in range(8):
+            assert (await client.request(Increment.run, Add(a=a))).total == a + 1
+            assert (await client.request(Negate.run, Add(a=a))).total == -a
+
+
+def test_a_group_is_inherited_from_the_nearest_class_that_writes_it() -> None:
+    class Staging(Calculator): ...
+
+    class Both(Base, Staging): ...
+
+    class Production(Both):
+        group = "production"
+
+    class OnItsOwn(Staging):
+        group = ""
+
+    class AfterThat(OnItsOwn): ...
+
+    assert (Staging.role, Staging.group) == ("staging", "math")
+    assert (Base.group, Both.group, Production.group) == ("base", "math", "production")
+    assert (OnItsOwn.group, AfterThat.group) == ("on-its-own", "after-that")
 
 
 def test_every_role_has_a_class_that_bears_its_name() -> None:

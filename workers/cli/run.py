@@ -4,7 +4,7 @@ import asyncio
 
 from bus import BusConfig
 from workers.cli.output import Output
-from workers.process import Progress, live, stop_on_signals
+from workers.process import Progress, Signals, live
 from workers.settings import ProcessSettings
 from workers.target import load_worker
 
@@ -17,10 +17,10 @@ async def run(target: str, nats: str | None, worker_id: str | None, group: str |
         worker_type.group = group
     config = BusConfig.from_env(worker_type.role, nats_url=nats, worker_id=worker_id)
     stop = asyncio.Event()
-    stop_on_signals(stop)
+    signals = Signals(stop)
 
     def tell(progress: Progress) -> None:
         output.result({"role": worker_type.role, "step": progress.step, "detail": progress.detail})
-        output.note(f"{worker_type.role} {progress.step} {progress.detail}")
+        output.note(f"{worker_type.role} {progress.step} {progress.detail}".rstrip())
 
-    return await live(worker_type, worker_type, config, ProcessSettings.from_env(), tell, stop)
+    return await live(worker_type, worker_type, config, ProcessSettings.from_env(), tell, stop, signals)

@@ -8,7 +8,7 @@ import typer
 from bus import BusConfig
 from schemas.traces import TRACE_STORE_ID
 from workers.cli.output import Output
-from workers.process import Progress, WorkerSpec, run_worker, stop_on_signals
+from workers.process import Progress, Signals, WorkerSpec, run_worker
 from workers.roles import role_names
 from workers.settings import Settings
 
@@ -26,8 +26,8 @@ async def run(
     config = BusConfig.from_env(role, nats_url=nats, worker_id=worker_id)
     spec = WorkerSpec(role, config, Settings.from_env(model=model, graph=graph))
     stop = asyncio.Event()
-    stop_on_signals(stop)
-    return await run_worker(spec, lambda progress: _tell(output, role, progress), stop)
+    signals = Signals(stop)
+    return await run_worker(spec, lambda progress: _tell(output, role, progress), stop, signals)
 
 
 def _tell(output: Output, role: str, progress: Progress) -> None:

@@ -71,11 +71,14 @@ class FrontendWorker(GraphWorker):
         self._serving = asyncio.create_task(self._server.serve(sockets=[listener]))
 
     async def stop(self) -> None:
-        """Finish the requests that are being answered, within uvicorn's own bound, and close."""
+        """Accept no more, and finish what is being answered within the drain's time.
+
+        What is left then meets the end of the bus, which its clients are told as an error.
+        """
         if self._server and self._serving:
             self._server.should_exit = True
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(5):
+                async with asyncio.timeout(self.settings.drain_timeout_s):
                     await self._serving
 
     def metadata(self) -> dict[str, str]:
@@ -130,8 +133,8 @@ class FrontendWorker(GraphWorker):
 
     async def _models(self, _: Request) -> Response:
         services = await self.bus.services(timeout_s=1.0)
-        models = {s["metadata"]["model"] for s in services if s["metadata"].get("role") == "processor"}
-        listed = [{"id": m, "object": "model", "created": 0, "owned_by": "nixlbus"} for m in sorted(models)]
+        models = {s["metadata"].get("model", "") for s in services if s["metadata"].get("role") == "processor"}
+        listed = [{"id": m, "object": "model", "created": 0, "owned_by": "nixlbus"} for m in sorted(models) if m]
         return JSONResponse({"object": "list", "data": listed})
 
     async def _health(self, _: Request) -> Response:

@@ -201,3 +201,53 @@ async def test_an_answer_fits_the_payload_of_a_small_server(tmp_path: Path) -> N
 def _with_conf(folder: Path, text: str) -> Path:
     (folder / "small.conf").write_text(text)
     return folder
+
+
+FOREIGN: list[Any] = [
+    {"id": 1, "name": "discovered", "metadata": {"nixlbus": "1"}},
+    {"id": [], "name": "x", "metadata": {"nixlbus": "1"}},
+    {"id": "q", "name": "other", "metadata": None},
+    {"id": "q", "name": "other", "metadata": ["nixlbus"]},
+    {"id": "q", "name": None, "metadata": {"nixlbus": "1"}},
+    {"id": "q", "name": "other", "metadata": {"nixlbus": 2}},
+    {"id": "q", "name": "other", "metadata": {"nixlbus": "1"}, "endpoints": None, "started": 7},
+    {"id": "q", "name": "other", "metadata": {"nixlbus": "1"}, "endpoints": [3]},
+    {"id": "q", "name": "other", "metadata": {"nixlbus": "1"}, "endpoints": [{"name": "e", "num_requests": "many"}]},
+    {"id": "q", "name": "other", "metadata": {"nixlbus": "1"}, "version": {}, "endpoints": {}, "started": []},
+    {"id": "nats", "name": "a-service-of-nats", "version": "1.0.0", "metadata": {}},
+    [],
+    None,
+    "text",
+]
+
+
+async def answering(raw: Client, payloads: list[bytes]) -> None:
+    async def reply(message: Any) -> None:
+        for payload in payloads:
+            await message.respond(payload)
+
+    for verb in ("INFO", "STATS"):
+        await raw.subscribe(f"$SRV.{verb}", cb=reply)
+    await raw.flush()
+
+
+async def test_what_other_services_answer_is_left_out_whatever_it_is(bus: Bus, caller: Bus, raw: Client) -> None:
+    await bus.serve(config("one", reply_type=Told), answer)
+    await announced(bus)
+    await caller.request(Subject("discovery.one", "one"), Ask(), Told, timeout_s=5)
+    payloads = [json.dumps(each).encode() for each in FOREIGN]
+    await answering(raw, [*payloads, b"", b"{", b'"\xff"', b"[" * 100_000])
+    (service,) = await caller.services()
+    (endpoint,) = service["endpoints"]
+    assert (service["id"], endpoint["num_requests"], endpoint["metadata"]["kind"]) == (bus.worker_id, 1, "unary")
+
+
+async def test_a_worker_that_answers_twice_is_listed_once_with_its_first_answer(caller: Bus, raw: Client) -> None:
+    told: dict[str, Any] = {"name": "other", "id": "twice", "metadata": {"nixlbus": "1"}, "of": "later"}
+    endpoint = {"name": "e", "subject": "s", "num_requests": 3, "data": {"active": 1}, "average_processing_time": 5}
+    first, second = {**told, "endpoints": [endpoint], "started": "then"}, {**told, "endpoints": [], "started": "now"}
+    await answering(raw, [json.dumps(each).encode() for each in (first, second)])
+    (service,) = await caller.services()
+    assert (service["started"], service["version"], service["of"]) == ("then", "", "later")
+    (listed,) = service["endpoints"]
+    assert listed == {**endpoint, "queue_group": "", "metadata": {}, "num_errors": 0, "processing_time": 0}
