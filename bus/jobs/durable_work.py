@@ -9,6 +9,7 @@ import secrets
 import time
 
 from bus.config import BusConfig
+from bus.control_plane.call import packed
 from bus.control_plane.connection import Connection
 from bus.control_plane.direct_client import header_block
 from bus.control_plane.inbox import Inbox
@@ -24,7 +25,6 @@ from bus.jobs.spans import submit_span
 from bus.jobs.streams import Streams, ensure_stream
 from observability.active_span import Span
 from observability.propagation import inject
-from schemas.codec import encode
 from schemas.jobs import JOB_ID_HEADER, MSG_ID_HEADER
 from schemas.message import Message
 from schemas.protocol import PROTOCOL_HEADER, PROTOCOL_VERSION, TTL_HEADER
@@ -77,7 +77,7 @@ class DurableWork:
         subject = queue.subject(self._subjects) if isinstance(queue, JobQueueConfig) else queue
         self._check(queue, subject, message, ttl_s)
         job_id = checked_job_id(job_id) if job_id else secrets.token_hex(16)
-        payload = encode(message)
+        payload = packed(message)
         sending = submit_span(subject, job_id, len(payload))
         try:
             headers = _headers(subject, job_id, ttl_s, sending)
@@ -124,7 +124,7 @@ class DurableWork:
         if not isinstance(message, Message):
             raise LocalProtocolError(
                 f"a job is a Message, not {type(message).__name__}",
-                remedy="derive its class from schemas.message.Message",
+                remedy="derive its class from bus.Message",
             )
         if isinstance(queue, JobQueueConfig) and not isinstance(message, queue.message_type):
             raise LocalProtocolError(
