@@ -5,9 +5,10 @@
 One responder and one client process, on uvloop; the same record of 1.1 KB goes there and back. Systems: `raw_nats`
 (nats-py, bytes), `raw_nats_typed` (and msgspec at both ends), `nats_micro` (bytes), `nixlbus` (tracing off),
 `nixlbus_sampled_out` and `nixlbus_traced` (exported to a receiver in this process), `raw_jetstream` (publish, fetch of
-32, ack), `nixlbus_idempotent` (jobs without claims), and with --peers FastStream, in an environment of its own. They
-take turns in rounds. A ratio is taken within each round and the median over the rounds is held against its limit; so is
-a difference of processor time, which is that of client and responder together.
+32, ack), `nixlbus_own_job_ids` (jobs with claims), `nixlbus_idempotent` (never claimed, acks unconfirmed), and with
+--peers FastStream, in an environment of its own. They take turns in rounds. A ratio is taken within each round and the
+median over the rounds is held against its limit; so is a difference of processor time, which is that of client and
+responder together.
 """
 
 import argparse
@@ -35,7 +36,12 @@ from schemas.codec import encode
 FASTSTREAM_PYTHON = Path(__file__).parent.parent / ".venv-faststream" / "bin" / "python"
 OURS, SAMPLED_OUT, TRACED = "nixlbus", "nixlbus_sampled_out", "nixlbus_traced"
 TRACED_RATIO = {OURS: None, SAMPLED_OUT: 0.0, TRACED: 1.0}
-JOB_SYSTEMS = {"raw": "raw_jetstream", "claimed": OURS, "idempotent": "nixlbus_idempotent"}
+JOB_SYSTEMS = {
+    "raw": "raw_jetstream",
+    "default": OURS,
+    "claimed": "nixlbus_own_job_ids",
+    "idempotent": "nixlbus_idempotent",
+}
 """By the name of the queue."""
 
 FASTSTREAM = ("faststream", "faststream_default")

@@ -28,7 +28,7 @@ async def call() -> None:
     jobs = RawJobs(raw)
     async with Bus.open(BusConfig(worker_id="client", nats_url=url), data_plane=False) as bus:
         subject = bus.subjects.graph(GROUP, OURS)
-        claimed, idempotent = OurJobs(bus, idempotent_handler=False), OurJobs(bus, idempotent_handler=True)
+        ours = {name: OurJobs(bus, name) for name in ("default", "claimed", "idempotent")}
 
         async def request_raw() -> None:
             await raw.request(RAW, payload, timeout=TIMEOUT_S)
@@ -45,11 +45,8 @@ async def call() -> None:
         async def submit_raw() -> None:
             await jobs.submit(payload)
 
-        async def submit_claimed() -> None:
-            await claimed.submit(record)
-
-        async def submit_idempotent() -> None:
-            await idempotent.submit(record)
+        def submit(name: str) -> Callable[[], Awaitable[None]]:
+            return lambda: ours[name].submit(record)
 
         calls: dict[str, Callable[[], Awaitable[None]]] = {
             "raw_nats": request_raw,
@@ -57,8 +54,7 @@ async def call() -> None:
             "nats_micro": request_micro,
             "nixlbus": request_ours,
             "submit_raw": submit_raw,
-            "submit_claimed": submit_claimed,
-            "submit_idempotent": submit_idempotent,
+            **{f"submit_{name}": submit(name) for name in ours},
         }
 
         async def many(system: str, count: int, concurrency: int) -> dict[str, Any]:

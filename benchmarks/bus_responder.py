@@ -55,8 +55,7 @@ async def respond() -> None:
             "tracing": set_tracing,
             "processor_seconds": processor_seconds,
             "work_raw": jobs.work,
-            "work_claimed": OurJobs(bus, idempotent_handler=False).work,
-            "work_idempotent": OurJobs(bus, idempotent_handler=True).work,
+            **{f"work_{name}": OurJobs(bus, name).work for name in ("default", "claimed", "idempotent")},
         }
         await obey(orders)
     await raw.close()

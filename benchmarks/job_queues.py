@@ -1,11 +1,14 @@
 """Durable jobs of `benchmarks.bus`: ours, and the floor, nats-py's own publish, fetch(32) and ack on a work queue.
 
-Ours twice: with claims, as they are by default (two more writes per job, so that a job that is done is not run again),
-and without, for handlers that may run twice. The floor has none, and its acks are not confirmed; ours are.
+Ours three times: as it is by default, with ids made by `submit`; with ids of the submitter's own (a claim and its mark
+are written for each job, so that one that is submitted again is not run again); and for handlers that may run twice,
+whose acks are not confirmed. Nor are the floor's; those of the first two are.
 """
 
 import asyncio
 import contextlib
+import itertools
+import secrets
 
 from nats.aio.client import Client
 from nats.errors import TimeoutError as NatsTimeoutError
@@ -57,22 +60,25 @@ class RawJobs:
 class OurJobs:
     """Both sides of our queue, in their two processes."""
 
-    def __init__(self, bus: Bus, *, idempotent_handler: bool) -> None:
-        name = "idempotent" if idempotent_handler else "claimed"
+    def __init__(self, bus: Bus, name: str) -> None:
+        """`name`: `default`, `claimed` or `idempotent`."""
         self._bus = bus
         self._queue = JobQueueConfig(
             graph="bench",
             queue=name,
             message_type=Record,
             concurrency=BATCH,
-            idempotent_handler=idempotent_handler,
+            idempotent_handler=name == "idempotent",
         )
+        self._ids = (f"{secrets.token_hex(4)}-{number}" for number in itertools.count())
+        self._has_own_ids = name == "claimed"
         self._consumer: JobConsumer | None = None
         self._target = 0
 
     async def submit(self, record: Record) -> None:
         """Submit one job and wait until it is stored."""
-        await self._bus.submit(self._queue, record, timeout_s=10)
+        job_id = next(self._ids) if self._has_own_ids else ""
+        await self._bus.submit(self._queue, record, job_id=job_id, timeout_s=10)
 
     async def work(self, count: int) -> None:
         """Work until `count` jobs are done and the server has confirmed it."""

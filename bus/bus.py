@@ -394,9 +394,10 @@ class Bus:
         """Store a durable job; when this returns, it will be done or be a dead letter, whoever dies.
 
         `queue`: its declaration, or `bus.subjects.job(graph, queue)`. `job_id`: the same job submitted again is not
-        stored again (for two minutes) and not run again (for a day); random if empty. `ttl_s`: how long it makes sense,
-        counted from now; then it is a dead letter. `timeout_s`: for the server's confirmation. After an error of the
-        connection it may have been stored: submit it again, with its `job_id`.
+        stored again (for two minutes) and not run again (for a day); if empty, one is made that no other job has, which
+        costs less. `ttl_s`: how long it makes sense, counted from now; then it is a dead letter. `timeout_s`: for the
+        server's confirmation. After an error of the connection it may have been stored: submit it again, with its
+        `job_id`.
 
         Raises `LocalProtocolError`, `PayloadTooLarge`, `DurableWorkUnavailable`, `PermissionDenied`, `ConnectionLost`,
         `DeadlineExceeded`.

@@ -12,6 +12,8 @@ JOB_ID_HEADER = "Nixlbus-Job-Id"
 """The caller's name for the job; `Nats-Msg-Id` says the same with the queue's name before it."""
 REPLAY_HEADER = "Nixlbus-Replay"
 """On a job that came back from the dead letters: which dead letter. It has a claim of its own."""
+UNIQUE_HEADER = "Nixlbus-Job-Unique"
+"""On a job whose id was made when it was submitted: no other message has it, so its first delivery needs no claim."""
 MSG_ID_HEADER = "Nats-Msg-Id"
 """NATS's: a second message with the same id within the stream's duplicate window is not stored."""
 

@@ -177,7 +177,10 @@ async def _ask_all(
 
 
 def _read(answer: bytes, told_type: type[_InfoTold | _StatsTold]) -> dict[str, Any]:
-    """All that an answer holds, what `told_type` has of it with its types and defaults. Raises `MsgspecError`, others."""
+    """All that an answer holds, what `told_type` has of it with its types and defaults.
+
+    Raises `MsgspecError`, `UnicodeError`, `RecursionError`.
+    """
     everything = msgspec.json.decode(answer)
     told = msgspec.convert(everything, told_type)
     both = zip(everything.get("endpoints", ()), told.endpoints, strict=True)

@@ -21,6 +21,7 @@ from contextvars import Context
 
 from bus.control_plane.connection import Connection, Msg, Subscription
 from bus.control_plane.delivery import ACK_PREFIX, Delivery, delivery_of
+from bus.control_plane.lease import Horizon, now_s
 from bus.errors import BusError, ConnectionLost, PermissionDenied
 
 MAX_BATCH = 32
@@ -31,6 +32,8 @@ _GATHER_S = 0.001
 """How long a small request waits for more free slots: a job's ack takes about as long."""
 _FIRST_PAUSE_S = 0.1
 _LONGEST_PAUSE_S = 2.0
+_MICROSECONDS = 1_000_000
+_TIME_IS_UP = "request timeout"
 _LOG = logging.getLogger(__name__)
 
 
@@ -44,16 +47,19 @@ class PullSubscription:
         free_slots: Callable[[], int],
         on_delivery: Callable[[Delivery], None],
         restore: Callable[[], Awaitable[None]],
+        horizon: Horizon,
     ) -> None:
-        """`consumer`: `<stream>.<durable>`."""
+        """`consumer`: `<stream>.<durable>`. `horizon` is moved when the server says that a request's time is up."""
         self._connection = connection
         self._next_subject = f"$JS.API.CONSUMER.MSG.NEXT.{consumer}"
         self._free_slots = free_slots
         self._on_delivery = on_delivery
         self._restore = restore
+        self._horizon = horizon
         self.request_s = LONGEST_REQUEST_S
-        """How long the server keeps a request. At most half of the consumer's ack_wait: then a worker that was stopped
-        has no request left when the jobs that it took are delivered again, and can't swallow them a second time."""
+        """How long the server keeps a request. At most a third of the consumer's ack_wait: then a worker that was
+        stopped has no request left when the jobs that it took are delivered again, and can't swallow them a second
+        time; and the end of one is news of the server, often enough for the leases of what comes."""
         self._inbox = f"{connection.inbox_prefix}.pull{secrets.token_hex(6)}"
         self._subscription: Subscription | None = None
         self._asking: asyncio.Task[None] | None = None
@@ -69,6 +75,7 @@ class PullSubscription:
     async def open(self, timeout_s: float) -> None:
         """Subscribe and ask for the first time. Raises `PermissionDenied`, `ConnectionLost`."""
         self._subscription = await self._connection.subscribe(f"{self._inbox}.*", self._on_message, queue_group=None)
+        self._horizon.advance(now_s())
         self._ask(self._free_slots())
         await self._connection.confirm_subscriptions(timeout_s)
         if self._denied:
@@ -134,10 +141,14 @@ class PullSubscription:
             self._heard_at_s = time.monotonic()
             request = {"batch": batch, "expires": int(self.request_s * 1e9)}
             self._connection.publish_now(
-                self._next_subject, json.dumps(request).encode(), reply=f"{self._inbox}.{self._num_requests:x}"
+                self._next_subject, json.dumps(request).encode(), reply=f"{self._inbox}.{self._token()}"
             )
             self._num_asked += batch
             num_messages -= batch
+
+    def _token(self) -> str:
+        """A request's number and its end, which the server's word about it returns."""
+        return f"{self._num_requests:x}-{int((now_s() + self.request_s) * _MICROSECONDS):x}"
 
     def _on_message(self, message: Msg) -> None:
         self._heard_at_s = time.monotonic()
@@ -156,6 +167,9 @@ class PullSubscription:
         self._num_asked = max(0, self._num_asked - int(unserved)) if unserved.isdigit() else 0
         if status == "408":  # its time is over, as agreed
             self._pause_s = _FIRST_PAUSE_S
+            if headers.get("Description", "").lower() == _TIME_IS_UP:
+                end = message.subject.rpartition("-")[2]
+                self._horizon.advance(min(now_s(), int(end, 16) / _MICROSECONDS))
         else:
             self._trouble = f"{status} {headers.get('Description', '')}".strip()
         self._wake.set()
@@ -165,4 +179,5 @@ class PullSubscription:
             if isinstance(error, PermissionDenied):
                 self._denied = error
             self._num_asked = 0
+            self._horizon.forget()
             self._in_trouble(str(error))

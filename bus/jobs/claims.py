@@ -6,16 +6,22 @@ worker was silent for ack_wait (a live one speaks at a third of it) or gave it b
 two that take over, one wins; a worker that was cut off, and comes back, can't write to the claim any more.
 Another message of the same job id (submitted again after the duplicate window) is a duplicate while the first one is
 in the stream, and takes over when that is gone without being done.
+The first delivery of a job whose id nobody else can have begins without a claim (`settlement`), and makes one when it
+must prove that the job is its own. So where such a job has none, a later delivery presumes one try, and looks whether
+the job is still there.
 """
 
+import contextlib
 import hashlib
 from dataclasses import dataclass
+from typing import Literal
 
 import msgspec
 
 from bus.control_plane.delivery import Delivery
 from bus.control_plane.jetstream import JetStream, NoStream, WrongSequence
-from bus.errors import JobTakenOver
+from bus.errors import JobTakenOver, PermissionDenied
+from bus.jobs.queue import claim_name
 from bus.jobs.streams import Streams, ensure_stream
 from bus.jobs.verdict import Standing, standing
 from schemas.codec import MessageError, decode, encode
@@ -45,19 +51,32 @@ class Claims:
         self._worker_id = worker_id
         self._epoch = epoch
 
-    async def take(self, subject: str, name: str, job_id: str, delivery: Delivery, traceparent: str) -> Held | Standing:
-        """Claim the job `name` of the queue `subject` for `delivery`, or tell whose it is.
+    async def take(
+        self,
+        delivery: Delivery,
+        job_id: str,
+        traceparent: str,
+        *,
+        was_unclaimed: bool = False,
+        has_begun: bool = False,
+        state: Literal["working", "done"] = "working",
+    ) -> Held | Standing:
+        """Claim a job for `delivery`, or tell whose it is.
+
+        `was_unclaimed`: an earlier delivery may have run it without a claim: then it may be settled, and a later one
+        presumes one try. `has_begun`: this one has run without until now.
 
         Raises `DurableWorkUnavailable`, `ConnectionLost`, `PermissionDenied`, `DeadlineExceeded`.
         """
-        key = self._key(subject, name)
+        key = self._key(delivery.subject, claim_name(job_id, delivery.headers))
         ours = JobClaim(
-            state="working",
+            state=state,
             job_id=job_id,
             worker_id=self._worker_id,
             epoch=self._epoch,
             delivery=delivery.num_delivered,
             stream_sequence=delivery.stream_sequence,
+            attempt=2 if was_unclaimed and delivery.num_delivered > 1 else 1,
             traceparent=traceparent,
         )
         found, revision = await self._read(key) if delivery.num_delivered > 1 else (None, 0)
@@ -65,6 +84,10 @@ class Claims:
             stands = standing(found, delivery)
             if stands is Standing.OTHER and found is not None and not await self._is_in_stream(found.stream_sequence):
                 stands = Standing.FREE
+            if has_begun and found is not None and _is_of_one_delivery(found, ours):
+                stands, ours = Standing.FREE, msgspec.structs.replace(ours, progress=found.progress)
+            if was_unclaimed and found is None and await self._is_settled(delivery.stream_sequence):
+                return Standing.SETTLED
             if stands not in (Standing.FREE, Standing.OURS):
                 return stands
             if stands is Standing.OURS and found is not None:
@@ -120,5 +143,21 @@ class Claims:
             await ensure_stream(self._jetstream, self._streams.claims)
             return (await self._jetstream.publish(key, payload, headers)).sequence
 
+    async def _is_settled(self, sequence: int) -> bool:
+        """What may not be looked at is taken to be there. Nor is a "gone" acked: a replica may be behind."""
+        with contextlib.suppress(PermissionDenied):
+            return not await self._is_in_stream(sequence)
+        return False
+
     async def _is_in_stream(self, sequence: int) -> bool:
         return await self._jetstream.message(self._streams.jobs.name, sequence) is not None
+
+
+def _is_of_one_delivery(found: JobClaim, ours: JobClaim) -> bool:
+    """Whether a claim is our own, of a write whose answer was lost."""
+    return (found.state, found.epoch, found.delivery, found.stream_sequence) == (
+        "working",
+        ours.epoch,
+        ours.delivery,
+        ours.stream_sequence,
+    )

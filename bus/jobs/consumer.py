@@ -15,9 +15,10 @@ from contextvars import Context
 from dataclasses import dataclass, field
 
 from bus.control_plane.delivery import IN_PROGRESS, Delivery
+from bus.control_plane.lease import Lease, now_s
 from bus.control_plane.listing import Listing, Load, Statistics
 from bus.control_plane.pull import LONGEST_REQUEST_S, PullSubscription
-from bus.errors import BusError
+from bus.errors import BusError, ConnectionLost
 from bus.jobs.settlement import HAND_BACK_TIMEOUT_S, Settlement, Workplace
 from bus.jobs.spans import process_span
 from bus.jobs.streams import ConsumerSettings, Streams, ensure_consumer, ensure_stream
@@ -28,6 +29,7 @@ _LOG = logging.getLogger(__name__)
 @dataclass(slots=True)
 class _Active:
     delivery: Delivery
+    lease: Lease
     since_s: float = field(default_factory=time.monotonic)
 
 
@@ -52,8 +54,16 @@ class JobConsumer:
         self._active: dict[asyncio.Task[None], _Active] = {}
         self._in_hand: set[str] = set()
         self._pull = PullSubscription(
-            place.jetstream.connection, self._consumer.name, self._free_slots, self._on_delivery, self._provision
+            place.jetstream.connection,
+            self._consumer.name,
+            self._free_slots,
+            self._on_delivery,
+            self._provision,
+            place.horizon,
         )
+        self._newest_sequence = 0
+        """Of first deliveries, which come in the order of the stream."""
+        place.jetstream.connection.on_loss(self._on_loss)
         self._speaking: asyncio.Task[None] | None = None
 
     async def open(self, timeout_s: float) -> None:
@@ -115,7 +125,7 @@ class JobConsumer:
     async def _provision(self) -> None:
         await ensure_stream(self._jetstream, self._streams.jobs)
         self._place.ack_wait_s = await ensure_consumer(self._jetstream, self._consumer)
-        self._pull.request_s = min(LONGEST_REQUEST_S, self._place.ack_wait_s / 2)
+        self._pull.request_s = min(LONGEST_REQUEST_S, self._place.ack_wait_s / 3)
         if self._place.ack_wait_s != self.config.ack_wait_s:
             _LOG.warning(
                 "the queue %s has an ack_wait of %g s, not %g: it was made so, and 'nats consumer edit' changes it",
@@ -131,9 +141,24 @@ class JobConsumer:
         if delivery.ack_subject in self._in_hand:
             return  # the same delivery on two connections, while one takes over from the other
         self._in_hand.add(delivery.ack_subject)
-        task = asyncio.create_task(self._work(delivery), context=Context())
-        self._active[task] = _Active(delivery)
+        lease = self._lease(delivery)
+        task = asyncio.create_task(self._work(delivery, lease), context=Context())
+        self._active[task] = _Active(delivery, lease)
         task.add_done_callback(self._on_settled)
+
+    def _lease(self, delivery: Delivery) -> Lease:
+        """What is known when it arrives: nothing of a first delivery that comes after a later one, as a copy does."""
+        lease = Lease(self._place.horizon.at_s, self._place.ack_wait_s)
+        if delivery.num_delivered == 1:
+            if delivery.stream_sequence <= self._newest_sequence:
+                lease.end()
+            self._newest_sequence = max(self._newest_sequence, delivery.stream_sequence)
+        return lease
+
+    def _on_loss(self, error: BusError, _subject: str) -> None:
+        if isinstance(error, ConnectionLost):
+            for active in self._active.values():
+                active.lease.end()
 
     def _on_settled(self, task: "asyncio.Task[None]") -> None:
         self._in_hand.discard(self._active.pop(task).delivery.ack_subject)
@@ -144,13 +169,26 @@ class JobConsumer:
     async def _speak(self) -> None:
         """Say that what is in hand is worked on. A blocked event loop says nothing, and its jobs go to others."""
         while True:
-            await asyncio.sleep(self._place.ack_wait_s / 3)
-            oldest_s = time.monotonic() - self.config.max_duration_s
-            for active in list(self._active.values()):
-                if active.since_s > oldest_s and self._jetstream.connection.is_connected:
-                    with contextlib.suppress(BusError):
-                        self._jetstream.connection.publish_now(active.delivery.ack_subject, IN_PROGRESS)
+            started_s = time.monotonic()
+            interval_s = self._place.ack_wait_s / 3
+            with contextlib.suppress(BusError):
+                await self._speak_for_all(interval_s)
+            await asyncio.sleep(max(0.0, started_s + interval_s - time.monotonic()))
 
-    async def _work(self, delivery: Delivery) -> None:
+    async def _speak_for_all(self, timeout_s: float) -> None:
+        """Only the last word is confirmed: a consumer takes what is said to it in its order."""
+        oldest_s = time.monotonic() - self.config.max_duration_s
+        spoken_for = [active for active in self._active.values() if active.since_s > oldest_s]
+        if not spoken_for or not self._jetstream.connection.is_connected:
+            return
+        said_s = now_s()
+        for active in spoken_for[:-1]:
+            self._jetstream.connection.publish_now(active.delivery.ack_subject, IN_PROGRESS)
+        await self._jetstream.confirm(spoken_for[-1].delivery.ack_subject, IN_PROGRESS, timeout_s)
+        self._place.horizon.advance(said_s)
+        for active in spoken_for:
+            active.lease.renew(said_s)
+
+    async def _work(self, delivery: Delivery, lease: Lease) -> None:
         with process_span(self._place.subject, delivery, self.config.durable, self._place.worker_id) as span:
-            await Settlement(self._place, delivery, span).settle()
+            await Settlement(self._place, delivery, span, lease).settle()

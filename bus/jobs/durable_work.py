@@ -23,9 +23,8 @@ from bus.jobs.queue import JobQueueConfig, JobReceipt, checked_job_id, message_i
 from bus.jobs.settlement import JobHandler, Workplace
 from bus.jobs.spans import submit_span
 from bus.jobs.streams import Streams, ensure_stream
-from observability.active_span import Span
 from observability.propagation import inject
-from schemas.jobs import JOB_ID_HEADER, MSG_ID_HEADER
+from schemas.jobs import JOB_ID_HEADER, MSG_ID_HEADER, UNIQUE_HEADER
 from schemas.message import Message
 from schemas.protocol import PROTOCOL_HEADER, PROTOCOL_VERSION, TTL_HEADER
 from schemas.subjects import Subject, Subjects
@@ -76,11 +75,15 @@ class DurableWork:
         """Store a job; see `Bus.submit`."""
         subject = queue.subject(self._subjects) if isinstance(queue, JobQueueConfig) else queue
         self._check(queue, subject, message, ttl_s)
-        job_id = checked_job_id(job_id) if job_id else secrets.token_hex(16)
+        is_unique = not job_id
+        job_id = secrets.token_hex(16) if is_unique else checked_job_id(job_id)
         payload = packed(message)
         sending = submit_span(subject, job_id, len(payload))
         try:
-            headers = _headers(subject, job_id, ttl_s, sending)
+            headers = _headers(subject, job_id, ttl_s)
+            if is_unique:
+                headers[UNIQUE_HEADER] = "1"
+            inject(headers, sending)
             self._check_size(subject, payload, headers)
             stored = await self._store(subject.name, payload, headers, timeout_s)
         except BaseException as error:
@@ -152,7 +155,7 @@ class DurableWork:
             )
 
 
-def _headers(subject: Subject, job_id: str, ttl_s: float | None, sending: Span) -> dict[str, str]:
+def _headers(subject: Subject, job_id: str, ttl_s: float | None) -> dict[str, str]:
     headers = {
         PROTOCOL_HEADER: str(PROTOCOL_VERSION),
         MSG_ID_HEADER: message_id(subject, job_id),
@@ -160,5 +163,4 @@ def _headers(subject: Subject, job_id: str, ttl_s: float | None, sending: Span) 
     }
     if ttl_s is not None:
         headers[TTL_HEADER] = str(int(ttl_s * 1000))
-    inject(headers, sending)
     return headers

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Generic
 
 from bus.errors import LocalProtocolError
-from schemas.jobs import JOB_ID_HEADER, MSG_ID_HEADER, REPLAY_HEADER
+from schemas.jobs import JOB_ID_HEADER, MSG_ID_HEADER, REPLAY_HEADER, UNIQUE_HEADER
 from schemas.message import Message
 from schemas.subjects import Subject, Subjects, identifier
 
@@ -46,7 +46,7 @@ class JobQueueConfig(Generic[Q]):
     backoff_s: tuple[float, ...] = (1.0, 5.0, 30.0, 120.0)
     """The pause after each failed delivery; the last stands for all further ones. A fifth more or less, by chance."""
     idempotent_handler: bool = False
-    """The handler may run twice for one job: no claims are kept, which saves two writes per job."""
+    """The handler may run twice for one job: no claims are kept, and the ack isn't waited for."""
     max_ack_pending: int = 10_000
     """Jobs of all workers together that are delivered and not settled, the ones in their pause included."""
     public: bool = False
@@ -119,3 +119,8 @@ def claim_name(job_id: str, headers: Any) -> str:
     """What the claim of a delivered job is kept under: a replayed job has one of its own."""
     replay = headers.get(REPLAY_HEADER, "")
     return f"{job_id} {replay}" if replay else job_id
+
+
+def is_unique(headers: Any) -> bool:
+    """Whether no other message has this job's id; one that is replayed may be there twice."""
+    return UNIQUE_HEADER in headers and REPLAY_HEADER not in headers

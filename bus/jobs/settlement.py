@@ -4,6 +4,8 @@ In: a delivery and its span. Out: exactly one of: acked after the handler (or be
 try after a pause, made a dead letter, or left to a later delivery.
 Invariants: a job leaves the queue only when it is done or stored as a dead letter; nothing is said about a job that a
 later delivery may have; what a claim can't be asked about comes again after ack_wait.
+The first delivery of a job whose id is unique runs under its lease (`control_plane.lease`) and without a claim. When
+the lease isn't sure any more, the handler makes a checkpoint, fails, or is stopped, the claim is made then.
 Leaves out: whose a job is (`claims`), what failure means (`verdict`).
 """
 
@@ -14,16 +16,18 @@ import random
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
+from bus.control_plane.acks import TIMEOUT_S, Acks
 from bus.control_plane.delivery import ACK, Delivery, nak, term
 from bus.control_plane.jetstream import JetStream
+from bus.control_plane.lease import Horizon, Lease, now_s
 from bus.deadline import Deadline, working_under
 from bus.errors import BusError, DeadlineExceeded, JobTakenOver, PermissionDenied
 from bus.jobs.claims import Claims, Held
 from bus.jobs.current import CurrentJob, no_checkpoint, working_on
 from bus.jobs.dead_letters import DeadLetters
-from bus.jobs.queue import JobQueueConfig, claim_name, job_id_of
+from bus.jobs.queue import JobQueueConfig, job_id_of
 from bus.jobs.verdict import (
     HAND_BACK_DELAY_S,
     Bury,
@@ -31,6 +35,7 @@ from bus.jobs.verdict import (
     Standing,
     after_failure,
     attempts,
+    needs_no_claim_at_first,
     pause_s,
 )
 from observability.active_span import Span
@@ -43,7 +48,6 @@ from schemas.subjects import InvalidIdentifier, Subject
 
 JobHandler = Callable[[Any], Awaitable[None]]
 
-_ACK_TIMEOUT_S = 5.0
 _ACK_PAUSE_S = 0.25
 HAND_BACK_TIMEOUT_S = 2.0
 _LOG = logging.getLogger(__name__)
@@ -75,11 +79,14 @@ class Workplace:
     claims: Claims
     dead_letters: DeadLetters
     stats: JobStats = field(default_factory=JobStats)
+    horizon: Horizon = field(default_factory=Horizon)
+    acks: Acks = field(init=False)
     slots: asyncio.Semaphore = field(init=False)
     ack_wait_s: float = field(init=False)
     """The consumer's, which may differ from the declared one."""
 
     def __post_init__(self) -> None:
+        self.acks = Acks(self.jetstream)
         self.slots = asyncio.Semaphore(self.config.concurrency)
         self.ack_wait_s = self.config.ack_wait_s
 
@@ -87,13 +94,17 @@ class Workplace:
 class Settlement:
     """One delivery on its way to being settled; `settle` once."""
 
-    def __init__(self, place: Workplace, delivery: Delivery, span: Span) -> None:
+    def __init__(self, place: Workplace, delivery: Delivery, span: Span, lease: Lease) -> None:
         self._place = place
         self._config = place.config
         self._delivery = delivery
         self._span = span
         self._job_id = job_id_of(delivery.headers, delivery.stream_sequence, delivery.stored_at_ns)
         self._held: Held | None = None
+        self._may_be_unclaimed = needs_no_claim_at_first(place.config, delivery)
+        self._lease = lease if self._may_be_unclaimed and delivery.num_delivered == 1 else None
+        """As long as there is no claim, and need be none."""
+        self._has_returned = False
 
     async def settle(self) -> None:
         """Run the handler if it is this delivery's turn, and tell the server what became of it."""
@@ -101,6 +112,7 @@ class Settlement:
             async with self._place.slots:  # never waits, but after a reconnect: see `pull`
                 if await self._is_our_turn():
                     await self._run()
+                    self._has_returned = True
                     await self._done()
         except asyncio.CancelledError as error:
             self._span.fail(error)
@@ -112,9 +124,10 @@ class Settlement:
 
     async def _is_our_turn(self) -> bool:
         """Claim the job. Whoever's it is instead, or that it came too often, is settled here."""
-        if self._config.idempotent_handler:
+        if self._config.idempotent_handler or (self._lease and self._lease.is_sure):
             stands: Held | Standing = Standing.FREE
         else:
+            self._lease = None
             try:
                 stands = await self._claim()
             except BusError as error:  # no fault of the job's
@@ -127,7 +140,7 @@ class Settlement:
         elif stands is not Standing.FREE:
             self._place.stats.num_skipped += 1
             self._log(logging.INFO, f"is not run: its claim is {stands.value}")
-            if stands is not Standing.SUPERSEDED:
+            if stands not in (Standing.SUPERSEDED, Standing.SETTLED):
                 await self._settled_by(ACK)
             return False
         if self._num_attempts > self._config.max_deliver:
@@ -139,13 +152,26 @@ class Settlement:
     def _num_attempts(self) -> int:
         return attempts(self._delivery, self._held.claim if self._held else None)
 
-    async def _claim(self) -> Held | Standing:
+    async def _claim(
+        self, *, has_begun: bool = False, state: Literal["working", "done"] = "working"
+    ) -> Held | Standing:
         headers: dict[str, str] = {}
         inject(headers, self._span)
-        name = claim_name(self._job_id, self._delivery.headers)
         return await self._place.claims.take(
-            self._delivery.subject, name, self._job_id, self._delivery, headers.get(TRACEPARENT, "")
+            self._delivery,
+            self._job_id,
+            headers.get(TRACEPARENT, ""),
+            was_unclaimed=self._may_be_unclaimed and not has_begun,
+            has_begun=has_begun,
+            state=state,
         )
+
+    async def _claim_late(self, state: Literal["working", "done"] = "working") -> None:
+        """Make the claim of a delivery that began without one. Raises `JobTakenOver`, and what a publish raises."""
+        stands = await self._claim(has_begun=True, state=state)
+        if not isinstance(stands, Held):
+            raise JobTakenOver(f"job {self._job_id} was taken over by another delivery: its claim is {stands.value}")
+        self._held, self._lease = stands, None
 
     async def _run(self) -> None:
         deadline, expires = self._deadline()
@@ -158,7 +184,7 @@ class Settlement:
                 self._delivery.stream_sequence,
                 self._place.jetstream.age_s(self._delivery.stored_at_ns),
                 self._held.claim.progress if self._held else b"",
-                self._checkpoint if self._held else no_checkpoint,
+                no_checkpoint if self._config.idempotent_handler else self._checkpoint,
             )
         )
         try:
@@ -194,12 +220,18 @@ class Settlement:
         return message
 
     async def _checkpoint(self, progress: bytes) -> None:
+        if self._held is None:
+            await self._claim_late()
         assert self._held is not None
         await self._place.claims.update(self._held, progress=progress)
 
     async def _done(self) -> None:
+        if self._lease:
+            await self._settled_by(ACK)  # or it is another's, and not done by us
+            self._place.stats.num_done += 1
+            return
         self._place.stats.num_done += 1
-        if self._held is None and self._place.jetstream.connection.is_connected:
+        if self._config.idempotent_handler and self._place.jetstream.connection.is_connected:
             with contextlib.suppress(BusError):
                 self._place.jetstream.connection.publish_now(self._delivery.ack_subject, ACK)
                 return
@@ -221,9 +253,13 @@ class Settlement:
         try:
             if self._held and not isinstance(error, JobTakenOver):
                 await self._place.claims.update(self._held)
+            elif self._lease and not isinstance(error, JobTakenOver):
+                await self._claim_late()
         except JobTakenOver as taken_over:
             error = taken_over
         except BusError as unknown:
+            if self._lease and self._lease.is_sure:
+                return True
             self._log(
                 logging.WARNING, f"failed ({error}), and comes again after ack_wait: its claim is unknown", unknown
             )
@@ -260,6 +296,10 @@ class Settlement:
         self._place.stats.num_handed_back += 1
         try:
             async with asyncio.timeout(HAND_BACK_TIMEOUT_S):
+                if self._lease:
+                    await self._claim_late("done" if self._has_returned else "working")
+                if self._has_returned:
+                    return
                 if self._held:
                     await self._place.claims.update(self._held, attempt=self._held.claim.attempt - 1)
         except JobTakenOver:
@@ -281,15 +321,25 @@ class Settlement:
     async def _settled_by(self, word: bytes, done: Held | None = None) -> None:
         """Send `word` until the server confirms it, for as long as it would not deliver the job again anyway.
 
-        With `done` that claim's end goes out before it, on the same connection.
+        With `done` that claim's end goes out before it, on the same connection. Without a claim, and when the lease
+        isn't sure, "done" is claimed first: raises `JobTakenOver` if another delivery has the job.
         """
         give_up_s = time.monotonic() + self._place.ack_wait_s
         while True:
             try:
+                if self._lease and not self._lease.is_sure:
+                    await self._claim_late("done")
                 if done:
                     self._place.claims.finish(done)
-                await self._place.jetstream.confirm(self._delivery.ack_subject, word, _ACK_TIMEOUT_S)
+                said_s = now_s()
+                if word is ACK:
+                    await self._place.acks.confirm(self._delivery.ack_subject)
+                else:
+                    await self._place.jetstream.confirm(self._delivery.ack_subject, word, TIMEOUT_S)
+                self._place.horizon.advance(said_s)
                 return
+            except JobTakenOver:
+                raise
             except PermissionDenied as error:
                 self._place.stats.num_lost_acks += 1
                 self._log(logging.ERROR, "can't be acked", error)

@@ -11,7 +11,7 @@ import msgspec
 
 from bus.control_plane.delivery import Delivery
 from bus.errors import BusError, DeadlineExceeded, fault_of
-from bus.jobs.queue import JobQueueConfig
+from bus.jobs.queue import JobQueueConfig, is_unique
 from schemas.fault import Fault, FaultCode
 from schemas.jobs import JobClaim
 
@@ -39,6 +39,8 @@ class Standing(Enum):
     """A later delivery of the same message has it: leave it to that."""
     OTHER = "other"
     """Another message of the same job id: a duplicate, as long as that message is there."""
+    SETTLED = "needless: the job is settled"
+    """Out of the stream: a delivery without a claim has settled it. There is nothing left to ack."""
 
 
 def standing(claim: JobClaim | None, delivery: Delivery) -> Standing:
@@ -50,6 +52,14 @@ def standing(claim: JobClaim | None, delivery: Delivery) -> Standing:
     if claim.stream_sequence != delivery.stream_sequence:
         return Standing.OTHER
     return Standing.OURS if claim.delivery < delivery.num_delivered else Standing.SUPERSEDED
+
+
+def needs_no_claim_at_first(config: JobQueueConfig, delivery: Delivery) -> bool:
+    """Whether the first delivery of this job runs without a claim while its lease is sure: nobody else can have it.
+
+    Later ones presume that it was a try, whether it began or not; so not where one try is all there is.
+    """
+    return not config.idempotent_handler and config.max_deliver > 1 and is_unique(delivery.headers)
 
 
 def attempts(delivery: Delivery, claim: JobClaim | None) -> int:

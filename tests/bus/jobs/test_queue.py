@@ -300,7 +300,7 @@ async def test_an_ack_that_is_lost_does_not_run_a_done_job_again(
         await asyncio.sleep(0)
 
     monkeypatch.setattr(losing._jetstream, "confirm", lost)
-    await bus.submit(config, Task(number=1))
+    await bus.submit(config, Task(number=1), job_id="mine")
     await until(lambda: losing.stats.num_done == 1)
     await losing.drain(1)
     other = await caller.work(config, noting(seen))

@@ -23,8 +23,9 @@ async def receiver(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[OtlpReceive
         observability.shutdown()
 
 
+@pytest.mark.parametrize("job_id", ["traced", ""])
 async def test_each_delivery_is_a_span_below_the_submission_and_links_to_the_one_before(
-    receiver: OtlpReceiver, bus: Bus, caller: Bus
+    receiver: OtlpReceiver, bus: Bus, caller: Bus, job_id: str
 ) -> None:
     config, tries = queue(), list[int]()
 
@@ -33,7 +34,7 @@ async def test_each_delivery_is_a_span_below_the_submission_and_links_to_the_one
         if len(tries) == 1:
             raise ValueError("once")
 
-    await caller.submit(config, Task(), job_id="traced")
+    await caller.submit(config, Task(), job_id=job_id)
     consumer = await bus.work(config, handler)
     await until(lambda: consumer.stats.num_done == 1 and consumer.num_active == 0)
     observability.flush()

@@ -1,6 +1,7 @@
 """A worker of a queue in a process of its own, to be killed: `worker_process.py URL WORKER_ID QUEUE JOURNAL MODE`.
 
-It writes a line to the journal when a job starts and one when its effect is made. MODE: `effect` does each job in a
+It writes a line to the journal when a job starts, one when its effect is made, and at its end how many it did and
+skipped. MODE: `effect` does each job in a
 moment; `die` kills its own process in every job; `fenced` asks whether
 the job is still its own before the effect.
 """
@@ -31,8 +32,9 @@ async def main(url: str, worker_id: str, name: str, journal: str, mode: str) -> 
 
     async with Bus.open(BusConfig(worker_id=worker_id, nats_url=url), data_plane=False) as bus:
         print("ready", flush=True)
-        await bus.work(queue(queue=name, concurrency=4, ack_wait_s=1.5, max_deliver=3), handler)
+        consumer = await bus.work(queue(queue=name, concurrency=4, ack_wait_s=1.5, max_deliver=3), handler)
         await asyncio.to_thread(sys.stdin.read)
+    note(f"end {consumer.stats.num_done} {worker_id} {consumer.stats.num_skipped}")
 
 
 if __name__ == "__main__":
