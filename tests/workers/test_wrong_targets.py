@@ -144,7 +144,7 @@ def test_an_endpoint_that_is_called_on_its_class_says_how_to_call_it(target: Any
 
 async def test_a_type_checker_refuses_the_wrong_message_of_a_job(client: Bus) -> None:
     with pytest.raises(LocalProtocolError, match="takes Ask, not Told"):
-        await client.submit(Studio.archive, Told())  # type: ignore[arg-type]
+        await client.submit(Studio.archive, Told())  # type: ignore[misc]
 
 
 async def test_there_is_no_current_request_outside_of_a_handler() -> None:
