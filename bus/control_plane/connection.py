@@ -15,6 +15,7 @@ import logging
 import re
 import secrets
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from contextvars import Context
 from dataclasses import dataclass, field
 from typing import Any
@@ -256,8 +257,9 @@ class Connection:
             if self._is_open or not _REFUSED.search(str(error)):
                 return
             is_refused = True
-            if len(servers) == 1:
-                limit.reschedule(asyncio.get_running_loop().time())  # it will say the same again
+            if len(servers) == 1:  # it will say the same again
+                with suppress(RuntimeError):  # the wait is over already
+                    limit.reschedule(asyncio.get_running_loop().time())
 
         async def on_reconnected() -> None:
             self._on_reconnected(client)
