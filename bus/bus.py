@@ -14,7 +14,7 @@ from contextlib import asynccontextmanager
 from typing import Any, TypeVar, overload
 
 from bus.config import BusConfig
-from bus.control_plane.call import DEFAULT_WINDOW_FRAMES, Caller, CallMeter, trace_headers
+from bus.control_plane.call import DEFAULT_WINDOW_FRAMES, Caller, CallMeter, packed, trace_headers
 from bus.control_plane.connection import Connection, Msg, redacted
 from bus.control_plane.credentials import connect_options
 from bus.control_plane.declaration import StreamCall, UnaryCall
@@ -48,9 +48,9 @@ from bus.operations.initiator import (
 )
 from bus.operations.lanes import lanes_to
 from bus.operations.target import PassiveOperation, ReadableOperation, WritableOperation
+from bus.targets import incomplete, subjects_of, wrong_target
 from observability.active_span import Span
 from observability.tracing import current_span
-from schemas.codec import encode
 from schemas.dynamo import DynamoMetadata
 from schemas.handshake import AgentMetadataRequest
 from schemas.message import Message
@@ -168,15 +168,19 @@ class Bus:
         is cancelled, so is the work.
 
         Raises `RemoteFault`, `NoResponders`, `DeadlineExceeded`, `ConnectionLost`, `PermissionDenied`,
-        `PayloadTooLarge`, `RemoteProtocolError`; each as soon as it is known.
+        `PayloadTooLarge`, `RemoteProtocolError`; each as soon as it is known; and `LocalProtocolError` for a target
+        that isn't asked so, or a message that can't be encoded.
         """
         if isinstance(target, UnaryCall):
             subject, reply_type = target.place.subject(self.subjects), target.reply_type
             timeout_s = target.timeout_s if timeout_s is None else timeout_s
             retry = retry or target.retry
-        else:
+        elif isinstance(target, Subject):
             subject = target
-        assert timeout_s is not None
+        else:
+            raise wrong_target(target, "request")
+        if timeout_s is None or reply_type is None:
+            raise incomplete("request", "timeout_s" if timeout_s is None else "type of the reply")
         return self._caller.request(subject, message, reply_type, timeout_s=timeout_s, meter=meter, retry=retry or ONCE)
 
     @overload
@@ -232,9 +236,12 @@ class Bus:
             subject, frame_type = target.place.subject(self.subjects), target.frame_type
             timeout_s = target.timeout_s if timeout_s is None else timeout_s
             retry = retry or target.retry
-        else:
+        elif isinstance(target, Subject):
             subject = target
-        assert timeout_s is not None
+        else:
+            raise wrong_target(target, "stream")
+        if timeout_s is None or frame_type is None:
+            raise incomplete("stream", "timeout_s" if timeout_s is None else "type of its frames")
         return self._caller.stream(
             subject,
             message,
@@ -291,18 +298,23 @@ class Bus:
         if isinstance(target, UnaryCall):
             subject, reply_type = target.place.subject(self.subjects), target.reply_type
             timeout_s = target.timeout_s if timeout_s is None else timeout_s
-        else:
+        elif isinstance(target, Subject):
             subject = target
-        assert timeout_s is not None
+        else:
+            raise wrong_target(target, "request_many")
+        if timeout_s is None:
+            raise incomplete("request_many", "timeout_s")
         return self._caller.request_many(
             subject, message, reply_type, timeout_s=timeout_s, quiet_s=quiet_s, max_replies=max_replies
         )
 
     async def publish(self, subject: Subject, message: Message) -> None:
-        """Publish without an answer: an event. Raises `ConnectionLost`, `PayloadTooLarge`."""
+        """Publish without an answer: an event. Raises `ConnectionLost`, `PayloadTooLarge`, `LocalProtocolError`."""
+        if not isinstance(subject, Subject):
+            raise wrong_target(subject, "publish")
         lines = trace_headers(current_span())
         headers = f"NATS/1.0\r\n{lines}\r\n".encode() if lines else None
-        await self._connection.publish(subject, encode(message), headers=headers)
+        await self._connection.publish(subject, packed(message), headers=headers)
 
     async def subscribe(
         self,
@@ -329,7 +341,7 @@ class Bus:
             if inspect.isawaitable(result):
                 await result
 
-        for each in (subject,) if isinstance(subject, Subject) else subject:
+        for each in subjects_of(subject, "subscribe"):
             config = EndpointConfig(
                 name=each.template.rpartition(".")[2],
                 subject=each,
@@ -372,8 +384,8 @@ class Bus:
 
     async def submit(
         self,
-        queue: JobQueueConfig | Subject,
-        message: Message,
+        queue: JobQueueConfig[M] | Subject,
+        message: M,
         *,
         job_id: str = "",
         ttl_s: float | None = None,
@@ -390,6 +402,8 @@ class Bus:
         Raises `LocalProtocolError`, `PayloadTooLarge`, `DurableWorkUnavailable`, `PermissionDenied`, `ConnectionLost`,
         `DeadlineExceeded`.
         """
+        if not isinstance(queue, (JobQueueConfig, Subject)):
+            raise wrong_target(queue, "submit")
         return await self._durable.submit(queue, message, job_id=job_id, ttl_s=ttl_s, timeout_s=timeout_s)
 
     async def provision(self, queues: Sequence[JobQueueConfig] = (), *, media: bool = False) -> list[str]:

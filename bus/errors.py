@@ -247,6 +247,7 @@ class PeerLost(DataPlaneError):
     """The peer's process or connection is gone."""
 
     code = FaultCode.PEER_LOST
+    default_remedy = "ask again if doing it twice does no harm; 'nixlbus ps' shows who is live"
 
 
 class StaleGrant(DataPlaneError):
@@ -327,7 +328,11 @@ def _described(error: BaseException) -> tuple[FaultCode, str, str]:
             "use a caller of the same protocol version or the one before, or upgrade this worker",
         )
     if isinstance(error, MessageError):
-        return FaultCode(error.code), str(error), "see schemas/README.md for the messages and their fields"
+        return (
+            FaultCode(error.code),
+            str(error),
+            "compare it with what the endpoint takes: nixlbus ps --endpoints; its class has the fields",
+        )
     if isinstance(error, InvalidIdentifier):
         return FaultCode.INVALID_MESSAGE, str(error), ""
     return FaultCode.INTERNAL, "the worker failed unexpectedly", "see the worker's log, by the trace id"

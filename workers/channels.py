@@ -71,7 +71,7 @@ def _endpoint(endpoint: DeclaredEndpoint, owner: type[Worker], subjects: Subject
     )
 
 
-def _event(handler: EventHandler, subjects: Subjects) -> Channel:
+def _event(handler: EventHandler[Any], subjects: Subjects) -> Channel:
     subject = subjects.event(_WORKER, handler.kind)
     return Channel(
         name=_name(subject),
@@ -84,7 +84,7 @@ def _event(handler: EventHandler, subjects: Subjects) -> Channel:
     )
 
 
-def _job(found: DeclaredJob, subjects: Subjects, group: str) -> Channel:
+def _job(found: DeclaredJob[Any], subjects: Subjects, group: str) -> Channel:
     queue = found.within(group)
     subject = queue.subject(subjects)
     return Channel(

@@ -1,15 +1,15 @@
 """What a worker's class declares: endpoints that answer requests, handlers of events, queues of jobs.
 
 In: typed async methods. Out: on the class, what a caller needs (`UnaryCall`, `StreamCall`, for `Bus.request` and
-`Bus.stream`); on an instance, the bound method itself. Types come from the annotations and are checked when a worker
-begins to serve, before it subscribes to anything.
+`Bus.stream`); on an instance, the bound method itself. What a decorator sees to be wrong is a `TypeError` when the
+class is made; types come from the annotations and are checked when a worker begins to serve, before it subscribes.
 """
 
 import inspect
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import UnionType
-from typing import Any, Generic, Protocol, TypeVar, Union, get_args, get_origin, get_type_hints, overload
+from typing import Any, ClassVar, Generic, Protocol, TypeVar, Union, get_args, get_origin, get_type_hints, overload
 
 from bus import Frame, JobQueueConfig, Middleware, Place, RetryPolicy, StreamCall, UnaryCall
 from schemas.message import Message
@@ -46,7 +46,11 @@ class EndpointOptions:
 class Declared:
     """A declared method: its name, its function, its types."""
 
+    may_yield: ClassVar[bool] = False
+    """Whether the method may be an async generator."""
+
     def __init__(self, method: Callable[..., Any]) -> None:
+        _check_method(method, may_yield=self.may_yield)
         self.method = method
         self.__doc__ = method.__doc__
         self.name = method.__name__
@@ -67,6 +71,8 @@ class Declared:
 
 class DeclaredEndpoint(Declared):
     """An endpoint of a class, with its options."""
+
+    may_yield = True
 
     def __init__(self, method: Callable[..., Any], options: EndpointOptions) -> None:
         super().__init__(method)
@@ -98,7 +104,7 @@ class UnaryEndpoint(DeclaredEndpoint, Generic[Q, R]):
     def __get__(self, worker: None, owner: type[Owner]) -> UnaryCall[Q, R]: ...
 
     @overload
-    def __get__(self, worker: Owner, owner: type[Owner]) -> Callable[[Q], Awaitable[R]]: ...
+    def __get__(self, worker: Owner, owner: type[Owner]) -> Callable[[Q], Coroutine[Any, Any, R]]: ...
 
     def __get__(self, worker: Owner | None, owner: type[Owner]) -> Any:
         if worker is not None:
@@ -131,7 +137,7 @@ class _EndpointDecorator:
     def __call__(self, method: Callable[[Any, Q], AsyncGenerator[R, None]]) -> StreamEndpoint[Q, R]: ...
 
     @overload
-    def __call__(self, method: Callable[[Any, Q], Awaitable[R]]) -> UnaryEndpoint[Q, R]: ...
+    def __call__(self, method: Callable[[Any, Q], Coroutine[Any, Any, R]]) -> UnaryEndpoint[Q, R]: ...
 
     def __call__(self, method: Callable[..., Any]) -> Any:
         is_stream = inspect.isasyncgenfunction(method)
@@ -159,14 +165,20 @@ def endpoint(
     `retry`: how a call of it is repeated by default. `public` lets plain clients in (no protocol header, JSON).
     `direct` makes it a subject of this one instance, `worker.<worker id>.<stage>`. `middleware` goes around it, inside
     the worker's.
+
+    Raises `TypeError` for a method that is not declared with `async def`.
     """
+    _check_parentheses("endpoint", stage)
     return _EndpointDecorator(
         EndpointOptions(stage, queue_group, concurrency, max_queued, timeout_s, retry, public, direct, middleware)
     )
 
 
-class EventHandler(Declared):
+class EventHandler(Declared, Generic[Q]):
     """A method that is called with each event of a kind."""
+
+    taken_by = "await bus.publish(bus.subjects.event(bus.worker_id, kind), event), or a worker's emit(kind, event)"
+    """How an event comes to it; for whoever gives it to another of the bus's methods."""
 
     def __init__(self, method: Callable[..., Any], kind: str, queue_group: str, concurrency: int) -> None:
         super().__init__(method)
@@ -174,26 +186,38 @@ class EventHandler(Declared):
         self.queue_group = queue_group
         self.concurrency = concurrency
 
+    @overload
+    def __get__(self, worker: None, owner: type) -> "EventHandler[Q]": ...
+
+    @overload
+    def __get__(self, worker: Owner, owner: type) -> Callable[[Q], Coroutine[Any, Any, None]]: ...
+
     def __get__(self, worker: Owner | None, owner: type) -> Any:
         return self if worker is None else self.bound(worker)
+
+    def __str__(self) -> str:
+        return f"{self.method.__qualname__}, a handler of {self.kind!r} events"
 
 
 def on_event(
     kind: str, *, queue_group: str = "", concurrency: int = 1
-) -> Callable[[Callable[[Any, Q], Awaitable[None]]], EventHandler]:
+) -> Callable[[Callable[[Any, Q], Coroutine[Any, Any, None]]], EventHandler[Q]]:
     """Declare a method as a handler of the events of a kind, whichever worker sends them (`Worker.emit`).
 
     Without a `queue_group` every instance gets each; with one, one of its members does. Events are not kept for whoever
     is away, and with a `concurrency` of 1 they come in their sender's order.
-    """
 
-    def declare(method: Callable[[Any, Q], Awaitable[None]]) -> EventHandler:
+    Raises `TypeError` for a method that is not declared with `async def`.
+    """
+    _check_parentheses("on_event", kind)
+
+    def declare(method: Callable[[Any, Q], Coroutine[Any, Any, None]]) -> EventHandler[Q]:
         return EventHandler(method, kind, queue_group, concurrency)
 
     return declare
 
 
-class DeclaredJob(Declared):
+class DeclaredJob(Declared, Generic[Q]):
     """A method that does the jobs of a queue. On the class it is the queue, for `Bus.submit`."""
 
     def __init__(self, method: Callable[..., Any], queue: str, settings: Mapping[str, Any]) -> None:
@@ -201,31 +225,35 @@ class DeclaredJob(Declared):
         self._queue = queue
         self._settings = settings
 
-    def within(self, group: str) -> JobQueueConfig:
+    def within(self, group: str) -> JobQueueConfig[Q]:
         """The queue, in a group. Raises `TypeError`, and `LocalProtocolError` for settings that can't be used."""
-        return JobQueueConfig(
+        queue: JobQueueConfig[Any] = JobQueueConfig(
             graph=group, queue=self._queue or self.name, message_type=self.request_type, **self._settings
         )
+        return queue
 
     @overload
-    def __get__(self, worker: None, owner: type[Owner]) -> JobQueueConfig: ...
+    def __get__(self, worker: None, owner: type[Owner]) -> JobQueueConfig[Q]: ...
 
     @overload
-    def __get__(self, worker: Owner, owner: type[Owner]) -> Callable[[Any], Awaitable[None]]: ...
+    def __get__(self, worker: Owner, owner: type[Owner]) -> Callable[[Q], Coroutine[Any, Any, None]]: ...
 
     def __get__(self, worker: Owner | None, owner: type[Owner]) -> Any:
         return self.within(owner.group) if worker is None else self.bound(worker)
 
 
-def job(queue: str = "", **settings: Any) -> Callable[[Callable[[Any, Q], Awaitable[None]]], DeclaredJob]:
+def job(queue: str = "", **settings: Any) -> Callable[[Callable[[Any, Q], Coroutine[Any, Any, None]]], DeclaredJob[Q]]:
     """Declare a method as the one that does the jobs of a queue, `job.<group>.<queue>`; the method's name if empty.
 
     `settings` are those of `JobQueueConfig`: concurrency, ack_wait_s, max_duration_s, max_deliver, backoff_s and the
     others. A job is submitted with `await bus.submit(Media.transcode, Transcode(...), job_id="...")`, kept in JetStream
     until the method has returned, delivered again if it raises, and a dead letter in the end.
-    """
 
-    def declare(method: Callable[[Any, Q], Awaitable[None]]) -> DeclaredJob:
+    Raises `TypeError` for a method that is not declared with `async def`.
+    """
+    _check_parentheses("job", queue)
+
+    def declare(method: Callable[[Any, Q], Coroutine[Any, Any, None]]) -> DeclaredJob[Q]:
         return DeclaredJob(method, queue, settings)
 
     return declare
@@ -268,6 +296,22 @@ def reply_type(method: Callable[..., Any]) -> Any:
     if plain:
         raise TypeError(f"{method.__qualname__} yields {', '.join(plain)}: what a stream yields must be a Frame class")
     return annotated
+
+
+def _check_parentheses(decorator: str, argument: object) -> None:
+    if not isinstance(argument, str):
+        name = getattr(argument, "__qualname__", repr(argument))
+        call = f'@{decorator}("kind")' if decorator == "on_event" else f"@{decorator}()"
+        raise TypeError(f"{name}: {call} is written with parentheses, and its first argument is a str")
+
+
+def _check_method(method: Callable[..., Any], *, may_yield: bool) -> None:
+    name = getattr(method, "__qualname__", repr(method))
+    if inspect.isasyncgenfunction(method):
+        if not may_yield:
+            raise TypeError(f"{name} yields, which only an @endpoint may")
+    elif not inspect.iscoroutinefunction(method):
+        raise TypeError(f"{name} is not declared with 'async def'; a decorator below must return such a function too")
 
 
 def _is_message(annotated: Any) -> bool:

@@ -14,18 +14,22 @@ queue group.
 """
 
 import asyncio
+import logging
 import re
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, ClassVar, Self
 
-from bus import Bus, BusConfig, EndpointConfig, Middleware
+from bus import Bus, BusConfig, EndpointConfig, JobQueueConfig, LocalProtocolError, Middleware
 from schemas.message import Message
-from workers.declaration import DeclaredEndpoint, DeclaredJob, EventHandler, declared
+from schemas.subjects import InvalidIdentifier, Subject
+from workers.declaration import Declared, DeclaredEndpoint, DeclaredJob, EventHandler, declared
 
 DRAIN_TIMEOUT_S = 10.0
 """A request in flight gets this long after SIGTERM; Kubernetes kills after 30 s unless told otherwise."""
+
+_LOG = logging.getLogger(__name__)
 
 
 class Worker:
@@ -80,27 +84,30 @@ class Worker:
     async def serve(self) -> None:
         """Serve what the class declares, and appear in discovery.
 
-        Raises `TypeError` for a declaration without its types, before anything is served.
+        Raises `TypeError` for a declaration without its types or with settings that can't be used, and for two of one
+        subject, before anything is served; it names the method.
         """
-        endpoints = [
-            (self._endpoint_config(found), found.bound(self)) for found in declared(type(self), DeclaredEndpoint)
-        ]
-        handlers = [(found, found.request_type) for found in declared(type(self), EventHandler)]
-        jobs = [(found.within(self.group), found.bound(self)) for found in declared(type(self), DeclaredJob)]
-        for config, method in endpoints:
-            await self.bus.serve(config, method)
-        for handler, event_type in handlers:
+        endpoints = [(found, self._endpoint_config(found)) for found in declared(type(self), DeclaredEndpoint)]
+        handlers = [(found, self._events(found)) for found in declared(type(self), EventHandler)]
+        jobs = [(found, self._queue(found)) for found in declared(type(self), DeclaredJob)]
+        self._refuse_doubles((found, config.subject) for found, config in endpoints)
+        self._refuse_doubles((found, queue.subject(self.bus.subjects)) for found, queue in jobs)
+        if not (endpoints or handlers or jobs) and type(self).start is Worker.start:
+            _LOG.warning("%s serves nothing: it has no @endpoint, @job or @on_event", type(self).__qualname__)
+        for found, config in endpoints:
+            await self.bus.serve(config, found.bound(self))
+        for handler, subjects in handlers:
             await self.bus.subscribe(
-                self.bus.subjects.events(handler.kind),
-                event_type,
+                subjects,
+                handler.request_type,
                 handler.bound(self),
                 queue_group=handler.queue_group,
                 concurrency=handler.concurrency,
                 timeout_s=self.timeout_s,
                 middleware=tuple(self.middleware),
             )
-        for queue, method in jobs:
-            await self.bus.work(queue, method)
+        for declared_job, queue in jobs:
+            await self.bus.work(queue, declared_job.bound(self))
         if self.needs_data_plane:
             from workers import performance  # it needs torch, which workers without tensors don't
 
@@ -149,23 +156,63 @@ class Worker:
     def _endpoint_config(self, found: DeclaredEndpoint) -> EndpointConfig:
         options = found.options
         subjects = self.bus.subjects
-        if options.direct:
-            subject, queue_group = subjects.worker(self.bus.worker_id, found.stage), ""
-        else:
-            subject = subjects.graph(self.group, found.stage)
-            queue_group = found.stage if options.queue_group is None else options.queue_group
-        return EndpointConfig(
-            name=found.stage,
-            subject=subject,
-            request_type=found.request_type,
-            queue_group=queue_group,
-            concurrency=options.concurrency,
-            max_queued=options.max_queued,
-            default_ttl_s=self.timeout_s if options.timeout_s is None else options.timeout_s,
-            public=options.public,
-            middleware=(*self.middleware, *options.middleware),
-            reply_type=found.reply_type,
-        )
+        with self._naming(found):
+            if options.direct:
+                subject, queue_group = subjects.worker(self.bus.worker_id, found.stage), ""
+            else:
+                subject = subjects.graph(self.group, found.stage)
+                queue_group = found.stage if options.queue_group is None else options.queue_group
+            return EndpointConfig(
+                name=found.stage,
+                subject=subject,
+                request_type=found.request_type,
+                queue_group=queue_group,
+                concurrency=options.concurrency,
+                max_queued=options.max_queued,
+                default_ttl_s=self.timeout_s if options.timeout_s is None else options.timeout_s,
+                public=options.public,
+                middleware=(*self.middleware, *options.middleware),
+                reply_type=found.reply_type,
+            )
+
+    def _events(self, found: EventHandler[Any]) -> tuple[Subject, ...]:
+        """The subjects of a handler's events, all that is said about it having been checked."""
+        with self._naming(found):
+            subjects = self.bus.subjects.events(found.kind)
+            EndpointConfig(
+                found.kind,
+                subjects[0],
+                found.request_type,
+                concurrency=found.concurrency,
+                default_ttl_s=self.timeout_s,
+                one_way=True,
+            )
+        return subjects
+
+    def _queue(self, found: DeclaredJob[Any]) -> JobQueueConfig[Any]:
+        with self._naming(found):
+            return found.within(self.group)
+
+    @contextmanager
+    def _naming(self, found: Declared) -> Iterator[None]:
+        """Say of what can't be used where it was written."""
+        try:
+            yield
+        except (LocalProtocolError, InvalidIdentifier) as error:
+            raise TypeError(f"{self._name_of(found)} can't be served: {error}") from None
+
+    def _name_of(self, found: Declared) -> str:
+        return f"{type(self).__qualname__}.{found.method.__name__}"
+
+    def _refuse_doubles(self, listeners: Iterable[tuple[Declared, Subject]]) -> None:
+        heard: dict[str, Declared] = {}
+        for found, subject in listeners:
+            other = heard.setdefault(subject.name, found)
+            if other is not found:
+                raise TypeError(
+                    f"{self._name_of(other)} and {self._name_of(found)} both listen on {subject.template}: "
+                    "each would get a part of what is sent to the other; name one of them otherwise"
+                )
 
 
 def _written_group(worker_type: type) -> str:

@@ -15,13 +15,23 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, TypeVar
 
+import msgspec
+
 from bus.control_plane.connection import Connection, Msg
 from bus.control_plane.expiry import Expiries
 from bus.control_plane.inbox import Inbox, StreamWaiter
 from bus.control_plane.random_ids import RandomIds
 from bus.control_plane.retry import ONCE, RetryPolicy
 from bus.deadline import Deadline
-from bus.errors import BusError, ConnectionLost, DeadlineExceeded, NoResponders, RemoteFault, RemoteProtocolError
+from bus.errors import (
+    BusError,
+    ConnectionLost,
+    DeadlineExceeded,
+    LocalProtocolError,
+    NoResponders,
+    RemoteFault,
+    RemoteProtocolError,
+)
 from observability import semantic_conventions as names
 from observability.active_span import NO_SPAN, Span, SpanKind
 from observability.propagation import header_lines
@@ -84,7 +94,7 @@ class Caller:
         """Send `message` and return the one reply. The module says what it raises."""
         deadline = Deadline.after(timeout_s)
         started_s = time.perf_counter()
-        payload = encode(message)
+        payload = packed(message)
         send = _send_span(subject, len(payload), None) if traced else None
         attempts = _Attempts(self._connection, retry, deadline, send)
         try:
@@ -139,7 +149,7 @@ class Caller:
         `retry` says.
         """
         deadline = Deadline.after(timeout_s)
-        payload = encode(message)
+        payload = packed(message)
         send = _send_span(subject, len(payload), parent)
         attempts = _Attempts(self._connection, retry, deadline, send)
         metered = _Metered(meter or CallMeter(), len(payload))
@@ -192,7 +202,7 @@ class Caller:
         Raises `NoResponders` if nobody listens, and `ConnectionLost`. `reply_type` None yields the raw `Msg`.
         """
         overall = Deadline.after(timeout_s)
-        payload = message if isinstance(message, bytes) else encode(message)
+        payload = message if isinstance(message, bytes) else packed(message)
         num_replies = 0
         async with self._inbox.waiting(subject) as (reply_subject, waiter):
             headers = request_headers(overall, None, "") if isinstance(message, Message) else None
@@ -225,6 +235,20 @@ class Caller:
         except asyncio.CancelledError:
             cancel(self._connection, self._subjects, request_id)
             raise
+
+
+def packed(message: object) -> bytes:
+    """The bytes of a message that its user wrote. Raises `LocalProtocolError` for what can't be encoded."""
+    try:
+        if isinstance(message, Message):
+            return encode(message)
+        why = "it is no Message"
+    except (TypeError, ValueError, OverflowError, RecursionError, msgspec.MsgspecError) as error:
+        why = str(error) or type(error).__name__
+    raise LocalProtocolError(
+        f"the {type(message).__name__} can't be sent: {why}",
+        remedy="send a Message whose fields hold what their types say; integers take up to 64 bits",
+    )
 
 
 class _Attempts:

@@ -15,6 +15,7 @@ import logging
 import re
 import secrets
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from contextvars import Context
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,10 +25,11 @@ from nats.js import JetStreamContext
 
 from bus.control_plane.direct_client import DirectClient, header_block
 from bus.control_plane.direct_client import Msg as Msg
+from bus.control_plane.nats_url import names_user
 from bus.control_plane.nats_url import redacted as redacted
 from bus.deadline import Deadline
 from bus.errors import BusError, ConnectionLost, ControlPlaneError, PayloadTooLarge, PermissionDenied
-from schemas.subjects import Subject
+from schemas.subjects import INBOX, Subject
 
 MessageCallback = Callable[[Msg], None]
 """Called from the read loop: it looks up, answers or enqueues, and doesn't wait."""
@@ -46,6 +48,7 @@ LINGER_S = 0.5
 
 _LOG = logging.getLogger(__name__)
 _DENIED = re.compile(r'permissions violation for (?:publish|subscription) to "([^"]+)"', re.IGNORECASE)
+_REFUSED = re.compile("authorization violation|authentication expired|authentication revoked", re.IGNORECASE)
 
 
 @dataclass(eq=False, slots=True)
@@ -85,7 +88,7 @@ class Connection:
     ) -> "Connection":
         """Connect, retrying for up to `timeout_s`; `options` are the credentials for nats-py's `connect`.
 
-        Raises `ConnectionLost` that says what the last try met.
+        Raises `ConnectionLost` that says what the last try met; at once if the only server refuses the credentials.
         """
         self = cls(url, name, options or {})
         try:
@@ -220,7 +223,7 @@ class Connection:
         denied = self._denied & {str(subject).lower() for subject in subjects} if subjects else set(self._denied)
         self._denied -= denied
         if denied:
-            raise PermissionDenied("the NATS server denied a subscription", subject=min(denied))
+            raise self._permission_denied("the NATS server denied a subscription", min(denied))
 
     def statistics(self) -> dict[str, int]:
         """Messages and bytes in and out, and reconnects, of the client of now; and how many clients were made anew."""
@@ -246,8 +249,17 @@ class Connection:
         return client
 
     async def _connect(self, client: DirectClient, servers: list[str], timeout_s: float) -> None:
+        is_refused = False
+
         async def on_error(error: Exception) -> None:
+            nonlocal is_refused
             self._on_error(client, error)
+            if self._is_open or not _REFUSED.search(str(error)):
+                return
+            is_refused = True
+            if len(servers) == 1:  # it will say the same again
+                with suppress(RuntimeError):  # the wait is over already
+                    limit.reschedule(asyncio.get_running_loop().time())
 
         async def on_reconnected() -> None:
             self._on_reconnected(client)
@@ -260,7 +272,7 @@ class Connection:
             self._rebuild(client, "the server is about to stop")
 
         try:
-            async with asyncio.timeout(timeout_s):
+            async with asyncio.timeout(timeout_s) as limit:
                 await client.connect(
                     **{
                         "servers": servers,
@@ -280,6 +292,11 @@ class Connection:
                 )
         except (TimeoutError, OSError, NatsError) as error:
             reason = self._last_error or str(error) or "no answer"
+            if is_refused:
+                raise ConnectionLost(
+                    f"the NATS server at {redacted(self._url)} refused these credentials: {reason}",
+                    remedy=self._about_credentials(),
+                ) from None
             raise ConnectionLost(
                 f"no connection to NATS at {redacted(self._url)} within {timeout_s:g} s: {reason}"
             ) from None
@@ -323,14 +340,36 @@ class Connection:
             subject = denied.group(1)
             if "for subscription to" in str(error).lower():
                 self._denied.add(subject.lower())
-            self._tell(PermissionDenied("the NATS server denied the subject", subject=subject), subject)
+            self._tell(self._permission_denied("the NATS server denied the subject", subject), subject)
         elif client.is_connected and self._is_open:
             _LOG.warning("NATS reports to %s: %s", self.name, error)
+
+    def _permission_denied(self, what: str, subject: str) -> PermissionDenied:
+        """The error for a subject as the server writes it, which nats-py puts in lower case."""
+        as_written = (each.subject for each in self._subscriptions if each.subject.lower() == subject)
+        is_inbox = subject.startswith(f"{INBOX}.".lower())
+        remedy = (
+            f"a user's inboxes are {INBOX}.<user>.> alone, and a worker's first part of its id names the user: "
+            "set NIXLBUS_IDENTITY to the name of the user whose credentials these are"
+        )
+        return PermissionDenied(what, subject=next(as_written, subject), remedy=remedy if is_inbox else "")
+
+    def _about_credentials(self) -> str:
+        if "nkeys_seed" in self._options:
+            used = "NIXLBUS_NATS_NKEY"
+        elif "user_credentials" in self._options:
+            used = "NIXLBUS_NATS_CREDS"
+        elif names_user(self._url):
+            used = "the user in NIXLBUS_NATS_URL"
+        else:
+            return "none were given: set NIXLBUS_NATS_NKEY, NIXLBUS_NATS_CREDS, or a user in NIXLBUS_NATS_URL"
+        return f"check {used}, and that the server's configuration has this user"
 
     def _on_broken(self, client: DirectClient, reason: str) -> None:
         if client is not self._client or not self._is_open:
             return
-        self._tell(ConnectionLost(f"the connection to NATS was lost: {reason}"), "")
+        remedy = self._about_credentials() if _REFUSED.search(reason) else ""
+        self._tell(ConnectionLost(f"the connection to NATS was lost: {reason}", remedy=remedy), "")
         self._watch_for_return(client)
 
     def _on_reconnected(self, client: DirectClient) -> None:

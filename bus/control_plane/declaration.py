@@ -5,7 +5,7 @@ In: a worker's class, which makes these from its methods. Out: a typed argument 
 
 from dataclasses import dataclass, replace
 from types import UnionType
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from bus.control_plane.retry import THRICE, RetryPolicy
 from schemas.message import Message
@@ -29,16 +29,29 @@ class Place:
             return subjects.worker(self.worker_id, self.stage)
         return subjects.graph(self.group, self.stage)
 
+    def __str__(self) -> str:
+        return f"{self.worker_id or self.group}.{self.stage}"
+
 
 @dataclass(frozen=True, slots=True)
 class UnaryCall(Generic[Q, R]):
     """An endpoint that answers a request with one reply."""
 
+    taken_by: ClassVar[str] = "await bus.request(...)"
     place: Place
     request_type: type[Message]
     reply_type: Any
     timeout_s: float = 60.0
     retry: RetryPolicy = THRICE
+
+    if not TYPE_CHECKING:  # mypy refuses the call by itself
+
+        def __call__(self, *_: object, **__: object) -> None:
+            """Raises `TypeError`."""
+            raise TypeError(not_called(self))
+
+    def __str__(self) -> str:
+        return f"the endpoint {self.place}, which returns one reply"
 
     def at(self, worker_id: str) -> "UnaryCall[Q, R]":
         """The same of one worker, for an endpoint that is declared `direct`."""
@@ -53,11 +66,21 @@ class UnaryCall(Generic[Q, R]):
 class StreamCall(Generic[Q, R]):
     """An endpoint that answers a request with a stream of frames."""
 
+    taken_by: ClassVar[str] = "async for frame in bus.stream(...)"
     place: Place
     request_type: type[Message]
     frame_type: type[Message] | UnionType
     timeout_s: float = 60.0
     retry: RetryPolicy = THRICE
+
+    if not TYPE_CHECKING:
+
+        def __call__(self, *_: object, **__: object) -> None:
+            """Raises `TypeError`."""
+            raise TypeError(not_called(self))
+
+    def __str__(self) -> str:
+        return f"the endpoint {self.place}, which answers with a stream"
 
     def at(self, worker_id: str) -> "StreamCall[Q, R]":
         """The same of one worker, for an endpoint that is declared `direct`."""
@@ -66,3 +89,8 @@ class StreamCall(Generic[Q, R]):
     def within(self, group: str) -> "StreamCall[Q, R]":
         """The same in another group."""
         return replace(self, place=replace(self.place, group=group))
+
+
+def not_called(call: UnaryCall[Any, Any] | StreamCall[Any, Any]) -> str:
+    """What to tell somebody who calls a class's endpoint as if it were a function."""
+    return f"{call} is no function of its class: on an instance it is, and to call a worker write {call.taken_by}"

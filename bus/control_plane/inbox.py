@@ -246,8 +246,10 @@ class Inbox:
 
     def _on_loss(self, error: BusError, subject: str) -> None:
         for waiter in list(self._waiters.values()):
-            if not subject or waiter.subject.lower() == subject.lower():
+            if not subject:
                 waiter.fail(error)
+            elif waiter.subject.lower() == subject.lower():  # the server's word is in lower case
+                waiter.fail(type(error)(error.what, remedy=error.remedy, subject=waiter.subject))
 
 
 def is_no_responders(message: Msg) -> bool:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from bus.deadline import Deadline
+from bus.errors import LocalProtocolError
 from schemas.message import Message
 from schemas.protocol import REQUEST_ID_HEADER
 
@@ -49,7 +50,13 @@ class HasContext(Protocol):
 working_on: ContextVar[HasContext | None] = ContextVar("nixlbus_working_on", default=None)
 
 
-def current_request() -> RequestContext | None:
-    """The request that the current task works on, None outside of a handler."""
+def current_request() -> RequestContext:
+    """The request, or the event, that the current task works on. Raises `LocalProtocolError` outside of a handler."""
     work = working_on.get()
-    return work.context if work is not None else None
+    context = work.context if work is not None else None
+    if context is None:
+        raise LocalProtocolError(
+            "no request is being worked on here",
+            remedy="call it in an endpoint's or an event's handler; in a job's, current_job()",
+        )
+    return context

@@ -41,7 +41,7 @@ class KeyRing:
         if not path:
             raise KeyFileError(
                 "NIXLBUS_KEY_FILE is not set, and a worker that moves tensors needs one; "
-                "make it with: nixlbus nats-conf --out DIR"
+                "take the one that 'nixlbus server' tells, or make one with: nixlbus nats-conf --out DIR"
             )
         try:
             mode = os.stat(path).st_mode

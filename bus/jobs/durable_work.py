@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 
 from bus.config import BusConfig
+from bus.control_plane.call import packed
 from bus.control_plane.connection import Connection
 from bus.control_plane.direct_client import header_block
 from bus.control_plane.inbox import Inbox
@@ -25,7 +26,6 @@ from bus.jobs.settlement import JobHandler, Workplace
 from bus.jobs.spans import submit_span
 from bus.jobs.streams import Streams, ensure_stream
 from observability.propagation import inject
-from schemas.codec import encode
 from schemas.jobs import JOB_ID_HEADER, MSG_ID_HEADER, UNIQUE_HEADER
 from schemas.message import Message
 from schemas.protocol import PROTOCOL_HEADER, PROTOCOL_VERSION, TTL_HEADER
@@ -83,7 +83,7 @@ class DurableWork:
         self._check(queue, subject, message, ttl_s)
         is_unique = not job_id
         job_id = secrets.token_hex(16) if is_unique else checked_job_id(job_id)
-        payload = encode(message)
+        payload = packed(message)
         sending = submit_span(subject, job_id, len(payload))
         try:
             headers = _headers(subject, job_id, ttl_s)
@@ -133,7 +133,7 @@ class DurableWork:
         if not isinstance(message, Message):
             raise LocalProtocolError(
                 f"a job is a Message, not {type(message).__name__}",
-                remedy="derive its class from schemas.message.Message",
+                remedy="derive its class from bus.Message",
             )
         if isinstance(queue, JobQueueConfig) and not isinstance(message, queue.message_type):
             raise LocalProtocolError(

@@ -5,7 +5,7 @@ In: what a framework user writes. Out: frozen values, checked on construction.
 
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar, Generic
 
 from bus.errors import LocalProtocolError
 from schemas.jobs import JOB_ID_HEADER, MSG_ID_HEADER, REPLAY_HEADER, UNIQUE_HEADER, durable_name
@@ -14,18 +14,29 @@ from schemas.subjects import Subject, Subjects, identifier
 
 PAUSE_JITTER = 0.2
 """The part by which a pause is longer or shorter, by chance."""
+if TYPE_CHECKING:
+    from typing_extensions import TypeVar  # its stubs come with every type checker
+
+    Q = TypeVar("Q", bound=Message, default=Any)
+else:
+    from typing import TypeVar
+
+    Q = TypeVar("Q", bound=Message)
+
 JOB_ID = re.compile(r"[\x21-\x7e]{1,128}")
 """What may stand in a header, without a space."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class JobQueueConfig:
+@dataclass(frozen=True, kw_only=True)  # with slots, JobQueueConfig[Task](...) is an error of typing's
+class JobQueueConfig(Generic[Q]):
     """One queue of jobs: `<prefix>.v1.job.<graph>.<queue>`. Raises `LocalProtocolError`, `InvalidIdentifier`."""
+
+    taken_by: ClassVar[str] = "await bus.submit(...)"
 
     graph: str
     """Or the group of a plain service."""
     queue: str
-    message_type: type[Message]
+    message_type: type[Q]
     concurrency: int = 16
     """Jobs at once in this worker; it never fetches more than it has room for."""
     ack_wait_s: float = 30.0
@@ -60,6 +71,9 @@ class JobQueueConfig:
                 f"backoff_s={self.backoff_s} of a job queue is not a tuple of seconds above 0",
                 remedy="a pause of 0 would use up all deliveries at once",
             )
+
+    def __str__(self) -> str:
+        return f"the queue of jobs {self.graph}.{self.queue}"
 
     def subject(self, subjects: Subjects) -> Subject:
         """Where its jobs are published."""

@@ -217,7 +217,8 @@ class Settlement:
         check_protocol(self._delivery.headers.get(PROTOCOL_HEADER), required=not self._config.public)
         payload = self._delivery.payload
         encoding = encoding_of(payload) if self._config.public else Encoding.MSGPACK
-        return decode(payload, self._config.message_type, encoding)
+        message: Message = decode(payload, self._config.message_type, encoding)
+        return message
 
     async def _checkpoint(self, progress: bytes) -> None:
         if self._held is None:

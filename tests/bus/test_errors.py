@@ -1,5 +1,9 @@
+import pytest
+
 import bus
 from bus.errors import BusError, RemoteFault, RequestRefused, fault_of
+from bus.handshake.authentication import KeyRing
+from schemas.codec import InvalidMessage
 from schemas.fault import HTTP_STATUS, Fault, FaultCode
 
 
@@ -43,3 +47,10 @@ def test_codes_have_http_statuses_and_an_unknown_code_is_500() -> None:
     assert Fault(code=FaultCode.OVERLOADED, message="").http_status == 503
     assert Fault(code="from the future", message="").http_status == 500
     assert set(HTTP_STATUS.values()) <= {400, 403, 404, 413, 503, 504}
+
+
+def test_remedies_name_what_can_be_run() -> None:
+    assert "nixlbus ps --endpoints" in fault_of(InvalidMessage("Expected `int`, got `str`"), worker_id="w").remedy
+    assert "nixlbus ps" in bus.PeerLost("gone").remedy
+    with pytest.raises(bus.KeyFileError, match=r"nixlbus server.*nixlbus nats-conf"):
+        KeyRing.load("")

@@ -88,7 +88,6 @@ class Calculator(Worker):
     @endpoint(direct=True)
     async def whoami(self, request: Add) -> Sum:
         context = current_request()
-        assert context is not None
         assert context.worker_id == self.bus.worker_id
         return Sum(total=len(context.request_id))
 

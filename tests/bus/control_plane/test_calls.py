@@ -309,7 +309,7 @@ async def test_a_denied_subject_is_known_at_once(tmp_path: Path) -> None:
         url = f"nats://u:p@127.0.0.1:{port}"
         async with Bus.open(BusConfig(worker_id="a", nats_url=url), data_plane=False) as bus:
             started_s = time.monotonic()
-            with pytest.raises(PermissionDenied, match=r"(?i)denied\.subject"):
+            with pytest.raises(PermissionDenied, match=r"Denied\.Subject"):
                 await bus.request(Subject("Denied.Subject", "denied"), Ask(), Told, timeout_s=LONG_S)
             assert time.monotonic() - started_s < PROMPTLY_S
         with pytest.raises(ConnectionLost) as caught:

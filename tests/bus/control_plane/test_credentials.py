@@ -1,5 +1,6 @@
 """What a bus proves itself with: nkeys, passwords, TLS, against real servers; and that no secret is ever shown."""
 
+import asyncio
 import base64
 import json
 import os
@@ -18,6 +19,7 @@ from bus.control_plane.credentials import connect_options
 from bus.control_plane.nats_url import redacted
 from tests.bus.control_plane.guarded_server import guarded_server
 
+PROMPTLY_S = 20.0
 PASSWORD = "hunter2swordfish"
 REFUSED = r"Authorization Violation|reset by peer|closed"
 """What the last try met: the server's word, or the end of the connection, which may come first."""
@@ -68,6 +70,26 @@ async def test_nothing_that_a_wrong_seed_meets_shows_it(tmp_path: Path, caplog: 
         assert secret not in "".join(traceback.format_exception(caught.value))
         assert secret not in caplog.text
         assert not [user for user in guarded.files.users if guarded.seed(user) in guarded.configuration()]
+
+
+async def test_refused_credentials_are_told_at_once_and_by_their_variable(tmp_path: Path) -> None:
+    async with guarded_server(tmp_path) as guarded:
+        stranger = str(seed_file(tmp_path / "stranger"))
+        for fields, remedy in (
+            ({"nats_url": guarded.url, "nats_nkey": stranger}, "check NIXLBUS_NATS_NKEY"),
+            ({"nats_url": guarded.url.replace("//", "//someone:else@")}, "check the user in NIXLBUS_NATS_URL"),
+            ({"nats_url": guarded.url}, "none were given: set NIXLBUS_NATS_NKEY"),
+        ):
+            async with asyncio.timeout(PROMPTLY_S):
+                with pytest.raises(ConnectionLost, match=f"refused these credentials: .*; {remedy}") as caught:
+                    await opened(BusConfig(worker_id="w", connect_timeout_s=600, **fields))  # type: ignore[arg-type]
+            assert "nats-server runs" not in str(caught.value)
+
+
+async def test_refused_by_one_server_another_is_still_tried(tmp_path: Path) -> None:
+    async with guarded_server(tmp_path) as guarded, embedded_server() as open_server:
+        for _ in range(12):  # the order is random
+            assert await opened(config(nats_url=f"{guarded.url},{open_server.url}"))
 
 
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o666])

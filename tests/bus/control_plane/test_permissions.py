@@ -190,7 +190,7 @@ async def test_who_has_no_key_is_refused(guarded: Guarded) -> None:
 
 async def test_a_worker_that_may_not_have_its_inbox_fails_to_open_and_says_so(guarded: Guarded) -> None:
     config = guarded.config("encode", worker_id="decode.a1")
-    with pytest.raises(PermissionDenied, match="_inbox.decode.a1".replace(".", "[.]")):
+    with pytest.raises(PermissionDenied, match=r"_INBOX\.decode\.a1.*set NIXLBUS_IDENTITY"):
         async with Bus.open(config, data_plane=False):
             pass
 
@@ -207,7 +207,7 @@ async def test_a_role_can_not_serve_another_role_s_stage(guarded: Guarded) -> No
 async def test_a_request_that_is_not_granted_fails_at_once_and_not_at_its_deadline(guarded: Guarded) -> None:
     async with Bus.open(guarded.config("client"), data_plane=False) as client:
         async with asyncio.timeout(10):
-            with pytest.raises(PermissionDenied):
+            with pytest.raises(PermissionDenied, match="grant the subject to this user"):
                 await client.request(client.subjects.graph("vlm", "decode"), QUESTION, GenerateDone, timeout_s=60)
 
 

@@ -342,7 +342,7 @@ async def test_what_is_no_job_is_refused_before_it_is_sent(bus: Bus) -> None:
         (b"bytes", "not bytes"),
     ):
         with pytest.raises(LocalProtocolError, match=what):
-            await bus.submit(config, wrong)  # type: ignore[arg-type]
+            await bus.submit(config, wrong)
     with pytest.raises(LocalProtocolError, match="no queue of jobs"):
         await bus.submit(Subject("nixlbus.v1.graph.vlm.decode", "graph.vlm.decode"), Task())
     for job_id in ("has space", "line\nbreak", "x" * 129, "ü"):
